@@ -1,0 +1,84 @@
+"""Which rows of a vocabulary this rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The half-open range ``[start, stop)`` of padded ids that one tensor-parallel rank holds.
+
+    Attributes:
+        start, stop: range of *padded* ids.
+        vocab_size: unpadded size of the whole vocabulary; ids at or above it only pad.
+        group: the tensor-parallel group over which the vocabulary is split; None: not split.
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a shard needs 0 <= start < stop, got [{self.start}, {self.stop})")
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}, must be at least 1")
+
+    @classmethod
+    def of_rank(
+        cls, vocab_size: int, rank: int, world_size: int, group: dist.ProcessGroup | None = None, multiple_of: int = 128
+    ) -> VocabShard:
+        """The shard of ``rank``, after padding the vocabulary to the next multiple of ``multiple_of``.
+
+        The padded size does not depend on ``world_size``, so weights mean the same on every layout.
+
+        Raises:
+            ValueError: ``world_size`` does not divide the padded size, or ``rank`` is not in it.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in a world of {world_size}")
+        padded = padded_vocab_size(vocab_size, multiple_of)
+        if padded % world_size:
+            raise ValueError(
+                f"a vocabulary of {vocab_size} padded to {padded} (multiple_of {multiple_of}) "
+                f"does not divide over {world_size} ranks"
+            )
+        size = padded // world_size
+        return cls(rank * size, (rank + 1) * size, vocab_size, group)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def real(self) -> int:
+        """How many of the rows are real ids; those after them only pad. They may be none."""
+        return max(0, min(self.stop, self.vocab_size) - self.start)
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def to_local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of global ids, and which of them are here. Rows of ids held elsewhere are 0."""
+        here = (ids >= self.start) & (ids < self.stop)
+        return torch.where(here, ids - self.start, 0), here
+
+    def global_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """int64 [V_local]: the id of each row."""
+        return torch.arange(self.start, self.stop, device=device)
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce in place over the tensor-parallel ranks; nothing to do where the vocabulary is not split."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+
+def padded_vocab_size(vocab_size: int, multiple_of: int) -> int:
+    """The next multiple of ``multiple_of`` at or above ``vocab_size``."""
+    return -(-vocab_size // multiple_of) * multiple_of

@@ -1,0 +1,3 @@
+"""Pretraining of language models whose rare tokens stay alive."""
+
+__version__ = "0.1.0"

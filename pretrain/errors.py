@@ -1,0 +1,28 @@
+"""The one error family of what a user can put right: a recipe, a corpus, a checkpoint, a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message names the thing, the value and the way out.
+
+    The command line prints it without a traceback and exits with ``EXIT_USER_ERROR``.
+    """
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe, in one message."""
+
+    def __init__(self, problems: Sequence[str], where: str = "the recipe"):
+        self.problems = list(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{where} has {count}:\n{lines}")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite. Training stops on all ranks before the update."""

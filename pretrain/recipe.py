@@ -1,0 +1,315 @@
+"""What a run is: frozen dataclasses with units in their names, and every check across fields.
+
+A recipe is read with :func:`pretrain.recipe_io.load_recipe`. All facts have one owner, and for batch sizes,
+learning rate, clipping and precision the owner is here; ``deepspeed_configs/*.json`` says only how to shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pretrain.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecipe:
+    """Where documents come from.
+
+    ``embedded`` needs no files: the docstrings of the standard library and of torch. The other sources go
+    through HF ``datasets``. Globs are relative to the folder the command runs in.
+    """
+
+    source: Literal["embedded", "text", "jsonl", "parquet", "hub"] = "embedded"
+    train: tuple[str, ...] = ()  # globs of files; hub: names of splits
+    valid: tuple[str, ...] = ()  # empty: taken from train, see valid_fraction
+    test: tuple[str, ...] = ()
+    valid_fraction: float = 0.05  # share of the train documents, chosen by a hash of their text
+    test_fraction: float = 0.05
+    document_per: Literal["line", "paragraph", "file"] = "line"  # text files only
+    text_column: str = "text"  # JSON lines, Parquet and hub
+    hub_name: str = ""
+    hub_config: str = ""
+    streaming: bool = False  # hub: read without storing a copy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecipe:
+    """SentencePiece, trained on the train split or given."""
+
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: int = 8192
+    byte_fallback: bool = True
+    model_file: str = ""  # a trained .model to use as it is; then the fields above say nothing
+    training_sentences: int = 2_000_000  # at most this many lines are sampled for training it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    folder: str  # where ``prepare`` puts the tokenizer, the shards and their manifest
+    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    prepare_processes: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """A decoder: ``gpt2`` (learned positions, LayerNorm, GELU, biases) or ``llama`` (RoPE, RMSNorm, SwiGLU)."""
+
+    style: Literal["gpt2", "llama"] = "gpt2"
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None  # None: as many as heads; fewer: grouped queries
+    ffn_hidden_size: int | None = None  # None: 4 x hidden (gpt2), 8/3 x hidden rounded up to 64 (llama)
+    sequence_length: int = 256  # tokens
+    tied_embeddings: bool | None = None  # None: tied for gpt2, untied for llama
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    norm_epsilon: float = 1e-5
+    rope_base: int = 10_000
+    vocab_multiple_of: int = 128  # rows are padded to it, whatever the tensor-parallel degree
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.style == "gpt2":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def tied(self) -> bool:
+        return self.style == "gpt2" if self.tied_embeddings is None else self.tied_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRecipe:
+    """``mle`` is the plain cross-entropy, ``agg`` the same with gated output-embedding gradients."""
+
+    method: Literal["mle", "agg"] = "agg"
+    alpha: float = 0.03  # rare: fewer occurrences than this per reference_batch_tokens
+    reference_batch_tokens: int = 32_768
+    window_steps: int | None = None  # optimizer steps that are counted; None: one epoch
+    never_seen: Literal["gate", "exclude"] = "gate"  # ids that do not occur in the train shards
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecipe:
+    micro_batch_size: int = 8  # sequences on one rank at a time
+    global_batch_size: int = 8  # sequences per optimizer step, all ranks together
+    train_steps: int = 500  # optimizer steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """AdamW. Biases, norms and other vectors are not decayed."""
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0  # global norm; 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRecipe:
+    kind: Literal["cosine", "inverse_sqrt", "constant", "warmup_stable_decay"] = "cosine"
+    warmup_steps: int = 0  # linear from 0
+    decay_steps: int | None = None  # cosine: None: all; warmup_stable_decay: the last so many
+    min_learning_rate_ratio: float = 0.1  # of the peak, at the end of the decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRecipe:
+    tensor_model_parallel_size: int = 1
+    data_parallel_size: int | None = None  # None: what the launcher started; 1 when nothing did
+    sharding: str = "zero1"  # a file of deepspeed_configs/, or a path
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecipe:
+    every_steps: int = 0  # 0: only at the end
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportingRecipe:
+    log_every_steps: int = 10
+    geometry_every_steps: int = 50  # isotropy, mean cosine, mean shift
+    validate_every_steps: int = 100
+    validation_sequences: int = 64  # the first so many of the valid split; 0: all
+    tensorboard: bool = False
+    word_similarity: tuple[str, ...] = ()  # files of "word TAB word TAB score" lines, for evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    data: DataRecipe
+    seed: int = 1234
+    output_root: str = "runs"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
+    batch: BatchRecipe = field(default_factory=BatchRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    reporting: ReportingRecipe = field(default_factory=ReportingRecipe)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_root) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.model.sequence_length
+
+    @property
+    def local_world_size(self) -> int:
+        """Ranks that ``train`` starts by itself when no launcher did."""
+        return self.parallel.tensor_model_parallel_size * (self.parallel.data_parallel_size or 1)
+
+    def check(self, where: str = "the recipe") -> None:
+        """Raise RecipeError with every impossible value and combination, all at once."""
+        problems = [
+            *_range_problems(self),
+            *_corpus_problems(self.data.corpus),
+            *_model_problems(self),
+            *_schedule_problems(self),
+        ]
+        if problems:
+            raise RecipeError(problems, where)
+
+
+def batch_problems(recipe: Recipe, data_parallel_size: int) -> list[str]:
+    """What forbids cutting the global batch into micro-batches over this many data-parallel ranks."""
+    batch = recipe.batch
+    per_pass = batch.micro_batch_size * data_parallel_size
+    if batch.global_batch_size % per_pass == 0:
+        return []
+    return [
+        f"batch.global_batch_size ({batch.global_batch_size}) is not a multiple of batch.micro_batch_size x "
+        f"data-parallel size ({batch.micro_batch_size} x {data_parallel_size} = {per_pass})"
+    ]
+
+
+def _range_problems(recipe: Recipe) -> list[str]:
+    model, objective, batch = recipe.model, recipe.objective, recipe.batch
+    optimizer, parallel, reporting = recipe.optimizer, recipe.parallel, recipe.reporting
+    at_least_one = {
+        "data.prepare_processes": recipe.data.prepare_processes,
+        "data.tokenizer.vocab_size": recipe.data.tokenizer.vocab_size,
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.sequence_length": model.sequence_length,
+        "model.vocab_multiple_of": model.vocab_multiple_of,
+        "objective.reference_batch_tokens": objective.reference_batch_tokens,
+        "objective.window_steps": objective.window_steps,
+        "batch.micro_batch_size": batch.micro_batch_size,
+        "batch.global_batch_size": batch.global_batch_size,
+        "batch.train_steps": batch.train_steps,
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "parallel.data_parallel_size": parallel.data_parallel_size,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "reporting.log_every_steps": reporting.log_every_steps,
+    }
+    not_negative = {
+        "schedule.warmup_steps": recipe.schedule.warmup_steps,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.gradient_clipping": optimizer.gradient_clipping,
+        "checkpoint.every_steps": recipe.checkpoint.every_steps,
+        "reporting.geometry_every_steps": reporting.geometry_every_steps,
+        "reporting.validate_every_steps": reporting.validate_every_steps,
+        "reporting.validation_sequences": reporting.validation_sequences,
+    }
+    positive = {
+        "objective.alpha": objective.alpha,
+        "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.epsilon": optimizer.epsilon,
+        "model.init_std": model.init_std,
+        "model.norm_epsilon": model.norm_epsilon,
+    }
+    below_one = {
+        "model.hidden_dropout": model.hidden_dropout,
+        "model.attention_dropout": model.attention_dropout,
+        "objective.label_smoothing": objective.label_smoothing,
+        "optimizer.betas[0]": optimizer.betas[0],
+        "optimizer.betas[1]": optimizer.betas[1],
+    }
+    problems = [f"{key} is {value}, must be at least 1" for key, value in at_least_one.items() if value is not None and value < 1]
+    problems += [f"{key} is {value}, must not be negative" for key, value in not_negative.items() if not value >= 0]
+    problems += [f"{key} is {value}, must be above 0" for key, value in positive.items() if not value > 0]
+    problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
+    if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
+        problems.append(f"name is {recipe.name!r}, must be a plain folder name: the run is written to output_root/name")
+    if not recipe.data.folder:
+        problems.append("data.folder is empty: name the folder for the tokenizer and the shards")
+    return problems
+
+
+def _corpus_problems(corpus: CorpusRecipe) -> list[str]:
+    problems = []
+    if corpus.source == "hub":
+        if not corpus.hub_name:
+            problems.append("data.corpus.source is hub, but data.corpus.hub_name is empty")
+    elif corpus.source != "embedded" and not corpus.train:
+        problems.append(f"data.corpus.source is {corpus.source}, but data.corpus.train names no files")
+    for key, value in (("valid_fraction", corpus.valid_fraction), ("test_fraction", corpus.test_fraction)):
+        if not 0 < value < 0.5:
+            problems.append(f"data.corpus.{key} is {value}, must be above 0 and below 0.5")
+    return problems
+
+
+def _model_problems(recipe: Recipe) -> list[str]:
+    model, degree = recipe.model, recipe.parallel.tensor_model_parallel_size
+    if min(model.num_attention_heads, model.query_groups, degree) < 1:
+        return []
+    divisions = [
+        ("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads),
+        ("model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups),
+        ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor_model_parallel_size", degree),
+        ("model.num_query_groups", model.query_groups, "parallel.tensor_model_parallel_size", degree),
+        ("model.ffn_hidden_size", model.ffn_size, "parallel.tensor_model_parallel_size", degree),
+        ("model.vocab_multiple_of", model.vocab_multiple_of, "parallel.tensor_model_parallel_size", degree),
+    ]
+    problems = [
+        f"{key} ({value}) is not divisible by {by_key} ({by})" for key, value, by_key, by in divisions if value % by
+    ]
+    if recipe.parallel.data_parallel_size and min(recipe.batch.micro_batch_size, recipe.parallel.data_parallel_size) > 0:
+        problems += batch_problems(recipe, recipe.parallel.data_parallel_size)
+    if model.style == "llama" and model.hidden_size % model.num_attention_heads == 0:
+        if (model.hidden_size // model.num_attention_heads) % 2:
+            problems.append("model.hidden_size / model.num_attention_heads must be even: RoPE turns pairs")
+    return problems
+
+
+def _schedule_problems(recipe: Recipe) -> list[str]:
+    schedule, steps = recipe.schedule, recipe.batch.train_steps
+    problems = []
+    if schedule.kind in ("cosine", "warmup_stable_decay") and schedule.warmup_steps >= steps:
+        problems.append(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) leaves nothing of batch.train_steps ({steps})"
+        )
+    if schedule.kind == "inverse_sqrt" and schedule.warmup_steps < 1:
+        problems.append("schedule.kind inverse_sqrt falls from the end of the warm-up: schedule.warmup_steps must be at least 1")
+    if schedule.kind == "warmup_stable_decay" and schedule.decay_steps is None:
+        problems.append("schedule.kind warmup_stable_decay needs schedule.decay_steps")
+    if schedule.decay_steps is not None and not 1 <= schedule.decay_steps <= steps:
+        problems.append(f"schedule.decay_steps is {schedule.decay_steps}, must be between 1 and batch.train_steps ({steps})")
+    if not 0 <= schedule.min_learning_rate_ratio <= 1:
+        problems.append(f"schedule.min_learning_rate_ratio is {schedule.min_learning_rate_ratio}, must be in [0, 1]")
+    return problems

@@ -1,0 +1,169 @@
+"""Strict YAML to :class:`~pretrain.recipe.Recipe`, dotted overrides, and the resolved copy saved with a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from pretrain.errors import RecipeError, UserError
+from pretrain.recipe import Recipe
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """A path as it is, or the name of a shipped recipe."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(entry.stem for entry in SHIPPED.glob("*.yaml"))
+    raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of the shipped {', '.join(names)}")
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, check.
+
+    Args:
+        name_or_path: a YAML file, or the name of one in ``pretrain/recipes``.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Raises:
+        RecipeError: with all problems of the file, of the overrides and across fields in one message.
+        UserError: no such recipe, or not YAML.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
+    problems: list[str] = []
+    for override in overrides:
+        _apply_override(tree, override, problems)
+    recipe = _build(Recipe, tree, "", problems)
+    if problems or recipe is None:
+        raise RecipeError(problems, str(path))
+    recipe.check(str(path))
+    return recipe
+
+
+def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:
+    """A recipe from its plain form, as :func:`recipe_to_dict` gives it."""
+    problems: list[str] = []
+    recipe = _build(Recipe, tree, "", problems)
+    if problems or recipe is None:
+        raise RecipeError(problems, where)
+    recipe.check(where)
+    return recipe
+
+
+def recipe_to_dict(recipe: Any) -> dict[str, Any]:
+    """Plain dicts and lists, for YAML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"override {override!r} is not of the form section.key=value")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        problems.append(f"override {override!r}: the value is not YAML")
+        return
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            problems.append(f"override {override!r}: {section!r} is a value, not a section")
+            return
+        node = child
+    node[leaf] = value
+
+
+def _build(cls: type, tree: Any, prefix: str, problems: list[str]) -> Any:
+    """One dataclass from one mapping; what is wrong goes to ``problems``, then None is returned."""
+    if not isinstance(tree, dict):
+        problems.append(f"{prefix.rstrip('.') or 'the recipe'} must be a section of keys, not {tree!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+    before = len(problems)
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(fields)}"
+            problems.append(f"unknown key {prefix}{key}{hint}")
+        else:
+            values[key] = _convert(hints[key], value, prefix + str(key), problems)
+    for name, entry in fields.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            problems.append(f"{prefix}{name} is missing")
+    return cls(**values) if len(problems) == before else None
+
+
+def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
+    """``value`` as the annotated type, or a problem. Nothing is guessed: a string is never a number."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key + ".", problems)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return _convert(inner, value, key, problems)
+    if origin is Literal:
+        if value in args:
+            return value
+        near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
+        problems.append(
+            f"{key} is {value!r}, must be one of {', '.join(map(str, args))}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+        return None
+    if origin is tuple:
+        return _convert_tuple(args, value, key, problems)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        problems.append(f"{key} is {value!r}, must be {_TYPE_NAMES[hint]}")
+    return value
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, key: str, problems: list[str]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        problems.append(f"{key} is {value!r}, must be a list")
+        return None
+    inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+    if len(inner) != len(value):
+        problems.append(f"{key} has {len(value)} entries, must have {len(inner)}")
+        return None
+    return tuple(_convert(hint, entry, f"{key}[{i}]", problems) for i, (hint, entry) in enumerate(zip(inner, value, strict=True)))
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
