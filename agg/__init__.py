@@ -1,5 +1,18 @@
 """Adaptive Gradient Gating as a loss for any trainer (Yu et al., ACL 2022, arXiv 2109.03127)."""
 
+from agg.frequency import TokenFrequency
+from agg.gating import Gates, rarity_gates
+from agg.linear_cross_entropy import gated_linear_cross_entropy
+from agg.module import AdaptiveGradientGating
+from agg.reference import reference_gated_cross_entropy
 from agg.vocab_shard import VocabShard
 
-__all__ = ["VocabShard"]
+__all__ = [
+    "AdaptiveGradientGating",
+    "Gates",
+    "TokenFrequency",
+    "VocabShard",
+    "gated_linear_cross_entropy",
+    "rarity_gates",
+    "reference_gated_cross_entropy",
+]

@@ -1,0 +1,310 @@
+"""Cross-entropy of a linear projection: chunked, vocabulary-parallel, its weight gradient gated.
+
+Letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary, V_local rows of this rank's shard,
+R tensor-parallel ranks; H [T, D] hidden states, W [V_local, D] output embedding, P softmax, Y one-hot targets.
+
+    dL/dH = (P - Y) W              not gated
+    dL/dW = (G * (P - Y))^T H      G[i, k] = 1 if k == y_i, g2_k if y_i is rare, else g1_k
+
+G is never built. Tokens are taken in two classes, by "target is rare". For the large class g1 is a factor of the
+rows of P^T H, applied once after its chunks; only for the small class g2 multiplies columns of P. The target's own
+entry, which is exempt, is put right by adding to its row. So the gates cost next to nothing beyond three matmuls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from agg.gating import Gates
+from agg.vocab_shard import VocabShard
+
+CHUNK_LOGITS = 2**24  # elements of one chunk of logits: 64 MiB in float32
+
+
+def gated_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    gates: Gates | None = None,
+    shard: VocabShard | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """``cross_entropy(hidden @ weight.T, target)`` whose gradient of ``weight`` passes through ``gates``.
+
+    The forward value is the plain cross-entropy. Logits exist only a chunk at a time; for reductions to a scalar
+    the gradients are formed in the same pass. Sums are in float32 at least, whatever the inputs.
+
+    Args:
+        hidden: [T, D], the same on all tensor-parallel ranks. Its gradient is complete on each of them.
+        weight: [V_local, D], rows ``[shard.start, shard.stop)``. Rows that only pad get no gradient.
+        target: int64 [T], global ids or ``ignore_index``, the same on all tensor-parallel ranks.
+        gates: of this shard's rows; None is the plain loss.
+        shard: which rows ``weight`` holds; None: all of an unpadded, unsplit vocabulary.
+        label_smoothing: eps in ``Y' = (1 - eps) Y + eps / V``, V the global unpadded size.
+        reduction: ``mean`` over targets that are not ignored (0 if there are none), ``sum``, or ``none`` ([T],
+            0 where ignored).
+        chunk_tokens: C. None: ``CHUNK_LOGITS`` over the rows of an even shard, at least 128.
+
+    Raises:
+        ValueError: shapes, sizes or options that do not fit.
+        IndexError: (CPU) a target outside the vocabulary.
+        RuntimeError: differentiating twice.
+    """
+    if shard is None:
+        shard = VocabShard(0, max(weight.shape[0], 1), max(weight.shape[0], 1))
+    _check(hidden, weight, target, gates, shard, label_smoothing, reduction, chunk_tokens)
+    if target.device.type == "cpu":
+        outside = (target != ignore_index) & ((target < 0) | (target >= shard.vocab_size))
+        if bool(outside.any()):
+            raise IndexError(f"target {int(target[outside][0])} is outside the vocabulary of {shard.vocab_size} ids")
+    if chunk_tokens is None:
+        chunk_tokens = max(128, CHUNK_LOGITS // -(-shard.vocab_size // shard.world_size))
+    job = _Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens)
+    losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, job, reduction)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    gates: Gates | None,
+    shard: VocabShard,
+    label_smoothing: float,
+    reduction: str,
+    chunk_tokens: int | None,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [T, D] and weight [V_local, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if target.shape != hidden.shape[:1]:
+        raise ValueError(f"target must be [T] with T = {hidden.shape[0]}, got {tuple(target.shape)}")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}")
+    if weight.shape[0] != len(shard):
+        raise ValueError(f"weight has {weight.shape[0]} rows, its shard [{shard.start}, {shard.stop}) has {len(shard)}")
+    if gates is not None:
+        for name in ("rare", "g1", "g2"):
+            if getattr(gates, name).shape != (len(shard),):
+                raise ValueError(f"gates.{name} has {getattr(gates, name).numel()} rows, the shard has {len(shard)}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}, must be mean, sum or none")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, must be in [0, 1)")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same over the chunks of one call."""
+
+    target: torch.Tensor
+    gates: Gates | None
+    shard: VocabShard
+    ignore_index: int
+    label_smoothing: float
+    chunk_tokens: int
+
+    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the positions that count: those whose target is not rare, and those whose target is."""
+        valid = self.target != self.ignore_index
+        if self.gates is None:
+            return valid.nonzero().squeeze(1), self.target[:0]
+        rows, here = self.shard.to_local(self.target)
+        rare = self.shard.all_reduce((self.gates.rare[rows] & here).to(torch.int32)).bool()
+        return (valid & ~rare).nonzero().squeeze(1), (valid & rare).nonzero().squeeze(1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: _Job, reduction: str) -> torch.Tensor:
+        ctx.reduction, ctx.job = reduction, job
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        if reduction == "none":  # the gradient of each loss is only known in backward
+            ctx.save_for_backward(hidden, weight)
+            return _Sweep(job, hidden, weight, None, False, False).run().losses.to(_sum_dtype(hidden.dtype))
+        valid = (job.target != job.ignore_index).sum().to(_sum_dtype(hidden.dtype))
+        scale = 1 / valid.clamp(min=1) if reduction == "mean" else torch.ones_like(valid)
+        row_scale = scale.expand(hidden.shape[0])
+        sweep = _Sweep(job, hidden, weight, row_scale, needs_hidden, needs_weight).run()
+        ctx.save_for_backward(sweep.hidden_grad, sweep.weight_grad)
+        return sweep.losses.sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("gated_linear_cross_entropy cannot be differentiated twice (create_graph=True)")
+        if ctx.reduction == "none":
+            hidden, weight = ctx.saved_tensors
+            row_scale = loss_grad.to(_sum_dtype(hidden.dtype))
+            sweep = _Sweep(ctx.job, hidden, weight, row_scale, *ctx.needs_input_grad[:2]).run()
+            return sweep.hidden_grad, sweep.weight_grad, None, None
+        hidden_grad, weight_grad = (
+            None if grad is None else grad * loss_grad.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return hidden_grad, weight_grad, None, None
+
+
+class _Sweep:
+    """One pass over all chunks: losses, and the gradients that are asked for.
+
+    Args:
+        row_scale: [T], d(result)/d(loss of a position); None without gradients.
+    """
+
+    def __init__(
+        self,
+        job: _Job,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        needs_hidden: bool,
+        needs_weight: bool,
+    ) -> None:
+        self.job, self.hidden, self.row_scale = job, hidden, row_scale
+        self.real = weight[: job.shard.real]  # rows that only pad take no part
+        self.sum_dtype = _sum_dtype(hidden.dtype)
+        self.losses = torch.zeros(hidden.shape[0], dtype=self.sum_dtype, device=hidden.device)
+        self._own_p = torch.zeros_like(self.losses)  # P at each position's target; 0 where held elsewhere
+        self._hidden_sum = torch.zeros_like(hidden, dtype=self.sum_dtype) if needs_hidden else None
+        self._weight_sum = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_weight else None
+        self.hidden_grad: torch.Tensor | None = None
+        self.weight_grad: torch.Tensor | None = None
+        self.smoothing_per_id = job.label_smoothing / job.shard.vocab_size
+        self.row_sum = self.real.sum(0, dtype=self.sum_dtype) if job.label_smoothing else None  # local, [D]
+        self.row_sum_all = None if self.row_sum is None else job.shard.all_reduce(self.row_sum.clone())
+
+    def run(self) -> _Sweep:
+        common, rare = self.job.positions()
+        gates = self.job.gates
+        self._class(common, None)
+        if gates is not None:
+            if self._weight_sum is not None and len(common):
+                self._weight_sum.mul_(gates.g1[:, None])
+            self._class(rare, gates.g2[: len(self.real)])
+        if self._weight_sum is not None:
+            self._add_target_entries(common, None if gates is None else gates.g1)
+            self._add_target_entries(rare, None if gates is None else gates.g2)
+        if self._hidden_sum is not None:
+            self.hidden_grad = self.job.shard.all_reduce(self._hidden_sum).to(self.hidden.dtype)
+        if self._weight_sum is not None:
+            self.weight_grad = self._weight_sum.to(self.hidden.dtype)
+        return self
+
+    def _class(self, positions: torch.Tensor, column_gate: torch.Tensor | None) -> None:
+        """All chunks of one class of positions. ``column_gate`` [real rows] multiplies columns of P for dW."""
+        size = self.job.chunk_tokens
+        if len(positions) == 0:
+            return
+        buffer = self.hidden.new_empty(min(size, len(positions)), self.real.shape[0])
+        hidden_total = self.hidden.new_zeros(self.hidden.shape[1], dtype=self.sum_dtype)
+        for chunk in positions.split(size):
+            self._chunk(chunk, column_gate, buffer[: len(chunk)], hidden_total)
+        if self.row_sum is not None and self._weight_sum is not None:
+            columns = hidden_total.new_ones(len(self.real)) if column_gate is None else column_gate.to(self.sum_dtype)
+            self._weight_sum[: len(self.real)].addr_(columns, hidden_total, alpha=-self.smoothing_per_id)
+
+    def _chunk(
+        self,
+        chunk: torch.Tensor,
+        column_gate: torch.Tensor | None,
+        buffer: torch.Tensor,
+        hidden_total: torch.Tensor,
+    ) -> None:
+        """Losses of the positions ``chunk`` [C], and their share of the gradients."""
+        shard, eps = self.job.shard, self.job.label_smoothing
+        hidden = self.hidden[chunk]  # [C, D]
+        target, here = shard.to_local(self.job.target[chunk])
+        logits = torch.mm(hidden, self.real.T, out=buffer).to(self.sum_dtype)  # [C, real rows]
+        exps, log_norm, factor, own_logit = _softmax_parts(logits, target, here, shard)
+        losses = log_norm - own_logit
+        if self.row_sum_all is not None:
+            mean_logit = hidden.to(self.sum_dtype) @ self.row_sum_all / shard.vocab_size
+            losses = (1 - eps) * losses + eps * (log_norm - mean_logit)
+        self.losses[chunk] = losses
+        if self.row_scale is None or (self._hidden_sum is None and self._weight_sum is None):
+            return
+        scale = self.row_scale[chunk]
+        p_factor = scale * factor  # the softmax norm is a factor of rows: it need not touch C x V
+        low = exps.to(self.hidden.dtype)
+        if self._hidden_sum is not None:
+            part = (low @ self.real).to(self.sum_dtype) * p_factor[:, None]
+            own_rows = self.real[target.clamp(max=max(len(self.real) - 1, 0))] if len(self.real) else hidden * 0
+            part -= own_rows.to(self.sum_dtype) * ((1 - eps) * scale * here)[:, None]
+            if self.row_sum is not None:
+                part -= self.smoothing_per_id * scale[:, None] * self.row_sum
+            self._hidden_sum[chunk] = part
+        if self._weight_sum is not None and len(self.real):
+            self._own_p[chunk] = _own(exps, target, here) * factor
+            if column_gate is not None:
+                low = low.mul_(column_gate.to(low.dtype))
+            scaled = (hidden.to(self.sum_dtype) * p_factor[:, None]).to(hidden.dtype)
+            if self.sum_dtype == hidden.dtype:
+                self._weight_sum[: len(self.real)].addmm_(low.T, scaled)
+            else:
+                self._weight_sum[: len(self.real)] += low.T @ scaled
+            if self.row_sum is not None:
+                hidden_total += (hidden.to(self.sum_dtype) * scale[:, None]).sum(0)
+
+    def _add_target_entries(self, positions: torch.Tensor, gate: torch.Tensor | None) -> None:
+        """``- Y``, and what the gate took from the target's own entry of P, which is exempt."""
+        assert self._weight_sum is not None and self.row_scale is not None
+        for chunk in positions.split(self.job.chunk_tokens):
+            rows, here = self.job.shard.to_local(self.job.target[chunk])
+            coefficient = torch.full_like(self._own_p[chunk], self.job.label_smoothing - 1)
+            if gate is not None:
+                coefficient += (1 - gate[rows].to(self.sum_dtype)) * (self._own_p[chunk] - self.smoothing_per_id)
+            coefficient *= self.row_scale[chunk] * here
+            self._weight_sum.index_add_(0, rows, self.hidden[chunk].to(self.sum_dtype) * coefficient[:, None])
+
+
+def _softmax_parts(
+    logits: torch.Tensor, target: torch.Tensor, here: torch.Tensor, shard: VocabShard
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax over a split vocabulary with one collective.
+
+    Args:
+        logits: [C, real rows], overwritten. target: local rows [C]. here: whether each is on this rank.
+
+    Returns:
+        E with ``P_local = E * factor[:, None]``; the log of the norm [C]; factor [C]; the target's logit [C].
+    """
+    own = _own(logits, target, here)
+    if logits.shape[1]:
+        largest = logits.amax(1)
+        exps = logits.sub_(largest[:, None]).exp_()
+    else:
+        largest, exps = logits.new_full(logits.shape[:1], -torch.inf), logits
+    parts = torch.stack([largest, exps.sum(1), own])  # [3, C]
+    ranks = shard.world_size
+    if ranks > 1:
+        gathered = parts.new_empty(ranks, *parts.shape)
+        dist.all_gather_into_tensor(gathered.view(ranks * 3, -1), parts, group=shard.group)
+    else:
+        gathered = parts[None]
+    largest_all = gathered[:, 0].amax(0)
+    norm = (gathered[:, 1] * (gathered[:, 0] - largest_all).exp()).sum(0)
+    return exps, largest_all + norm.log(), (largest - largest_all).exp() / norm, gathered[:, 2].sum(0)
+
+
+def _own(matrix: torch.Tensor, target: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """Each row's entry at its target, 0 where the target is on another rank."""
+    if matrix.shape[1] == 0:
+        return matrix.new_zeros(matrix.shape[0])
+    return torch.where(here, matrix.gather(1, target.clamp(max=matrix.shape[1] - 1)[:, None]).squeeze(1), 0)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

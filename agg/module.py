@@ -1,0 +1,117 @@
+"""Counting, gating and loss behind one call, for any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from agg.frequency import TokenFrequency
+from agg.gating import Gates, rarity_gates
+from agg.linear_cross_entropy import gated_linear_cross_entropy
+from agg.vocab_shard import VocabShard
+
+
+class AdaptiveGradientGating(torch.nn.Module):
+    """A cross-entropy that keeps rare tokens alive; in ``eval()`` the plain cross-entropy.
+
+    Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
+    of the step first, then the loss once per micro-batch. Do the one or the other, not both.
+
+    Args:
+        shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
+        alpha: tokens with fewer occurrences per ``reference_batch_tokens`` are rare.
+        window_steps: optimizer steps over which occurrences are counted; one epoch is the paper's choice.
+        reference_batch_tokens: unit of alpha.
+        excluded_ids: ids that are never rare (bos, eos, pad, unk).
+        data_parallel_group: ranks that see other parts of the global batch.
+        ignore_index, label_smoothing, chunk_tokens: see :func:`~agg.gated_linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        shard: VocabShard,
+        *,
+        alpha: float,
+        window_steps: int,
+        reference_batch_tokens: int = 32_768,
+        excluded_ids: Sequence[int] | torch.Tensor = (),
+        data_parallel_group: dist.ProcessGroup | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shard = shard
+        self.alpha = alpha
+        self.reference_batch_tokens = reference_batch_tokens
+        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.chunk_tokens = chunk_tokens
+        self.frequency = TokenFrequency(shard, window_steps, data_parallel_group)
+        self.gates: Gates | None = None  # of the current step
+        self._explicit_steps: bool | None = None
+        if not alpha > 0:
+            raise ValueError(f"alpha is {alpha}, must be above 0")
+
+    def begin_step(self, targets: torch.Tensor) -> None:
+        """Count all targets of this rank in the coming optimizer step, of any shape."""
+        self._set_explicit(True)
+        self.frequency.update(targets, self.ignore_index)
+        self.gates = None
+
+    def current_gates(self) -> Gates:
+        """The gates of this step, of this rank's rows."""
+        if self.gates is None:
+            appearances = self.frequency.appearances
+            self.excluded_ids = self.excluded_ids.to(appearances.device)
+            self.gates = rarity_gates(
+                appearances,
+                tokens=self.frequency.tokens,
+                alpha=self.alpha,
+                reference_batch_tokens=self.reference_batch_tokens,
+                shard=self.shard,
+                excluded_ids=self.excluded_ids,
+            )
+        return self.gates
+
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, reduction: str = "mean"
+    ) -> torch.Tensor:
+        """The loss of ``hidden`` [T, D] against ``target`` [T] under ``weight`` [V_local, D]."""
+        gates = None
+        if self.training:
+            if self._explicit_steps is not True:
+                self._set_explicit(False)
+                self.frequency.update(target, self.ignore_index)
+                self.gates = None
+            gates = self.current_gates()
+        return gated_linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            gates,
+            self.shard,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=reduction,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.frequency.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        self.frequency.load_state_dict(state)
+        self.gates = None
+
+    def _set_explicit(self, explicit: bool) -> None:
+        if self._explicit_steps is not None and self._explicit_steps != explicit:
+            raise RuntimeError(
+                "begin_step() was not called for every step: call it before each step, or never and then call "
+                "the loss once per step; otherwise targets would be counted twice or not at all"
+            )
+        self._explicit_steps = explicit

@@ -1,0 +1,76 @@
+"""Counts over the window against a plain recount."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agg import TokenFrequency, VocabShard
+
+
+def batches(steps: int, tokens: int = 30, vocab_size: int = 50) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    made = [(vocab_size * torch.rand(tokens, generator=generator) ** 2).long() for _ in range(steps)]
+    for batch in made:
+        batch[::7] = -100
+    return made
+
+
+def recount(window: list[torch.Tensor], vocab_size: int = 50, rows: int = 128) -> torch.Tensor:
+    flat = torch.cat(window)
+    return torch.bincount(flat[flat >= 0], minlength=rows)
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_counts_the_last_k_steps(window):
+    frequency = TokenFrequency(VocabShard.of_rank(50, 0, 1), window)
+    seen = batches(8)
+    for step, batch in enumerate(seen):
+        frequency.update(batch.view(5, 6))
+        expected = recount(seen[max(0, step + 1 - window) : step + 1])
+        assert torch.equal(frequency.appearances, expected)
+        assert frequency.tokens == expected.sum()
+        assert frequency.steps == min(step + 1, window)
+
+
+def test_undo_takes_back_exactly_one_step():
+    frequency = TokenFrequency(VocabShard.of_rank(50, 0, 1), 3)
+    seen = batches(7)
+    for batch in seen[:5]:
+        frequency.update(batch)
+    before = frequency.appearances.clone()
+    frequency.update(seen[5])
+    frequency.undo_update()
+    assert torch.equal(frequency.appearances, before)
+    with pytest.raises(RuntimeError, match="only the last one"):
+        frequency.undo_update()
+    frequency.update(seen[6])
+    assert torch.equal(frequency.appearances, recount([seen[3], seen[4], seen[6]]))
+
+
+def test_state_continues_the_window():
+    seen = batches(9)
+    whole, first = (TokenFrequency(VocabShard.of_rank(50, 0, 1), 4) for _ in range(2))
+    for batch in seen[:6]:
+        first.update(batch)
+    second = TokenFrequency(VocabShard.of_rank(50, 0, 1), 4)
+    second.load_state_dict(first.state_dict())
+    for batch in seen[6:]:
+        second.update(batch)
+    for batch in seen:
+        whole.update(batch)
+    assert torch.equal(whole.appearances, second.appearances) and whole.tokens == second.tokens
+
+
+def test_bad_input():
+    shard = VocabShard.of_rank(50, 0, 1)
+    with pytest.raises(ValueError, match="window_steps is 0"):
+        TokenFrequency(shard, 0)
+    for bad in (50, -1):
+        frequency = TokenFrequency(shard, 2)
+        frequency.update(torch.tensor([3, bad]))
+        with pytest.raises(ValueError, match="1 targets of this step are outside the vocabulary of 50"):
+            frequency.appearances  # noqa: B018
+    frequency = TokenFrequency(shard, 2)
+    with pytest.raises(ValueError, match="window_steps 3, this run has 2"):
+        frequency.load_state_dict(TokenFrequency(shard, 3).state_dict())

@@ -1,0 +1,64 @@
+"""Gates against the formulas, written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agg import VocabShard, rarity_gates
+
+SHARD = VocabShard(0, 8, 7)  # the last row only pads
+
+
+def gates_of(counts, **options):
+    options = {"tokens": 100, "alpha": 10.0, "reference_batch_tokens": 100, "shard": SHARD} | options
+    return rarity_gates(torch.tensor(counts), **options)
+
+
+def test_by_hand():
+    gates = gates_of([50, 30, 12, 4, 2, 0, 2, 0], excluded_ids=(6,))
+    assert gates.rare.tolist() == [False, False, False, True, True, True, False, False]
+    assert gates.g1.tolist() == [1, 1, 1, 1, 1, 0, 1, 1]  # r = 4, 2, 0 per 100 tokens, at most 1
+    assert gates.g2.tolist() == [1, 1, 1, 1, 1, 0, 1, 1]  # the mean over the rare is 2
+    gates = gates_of([50, 30, 12, 6, 1, 2, 2, 0], tokens=1000, excluded_ids=(6,), alpha=1.0)
+    assert torch.allclose(gates.g1, torch.tensor([1, 1, 1, 0.6, 0.1, 0.2, 1, 1]))
+    assert torch.allclose(gates.g2, torch.tensor([1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1]))
+
+
+def test_alpha_keeps_its_meaning_when_the_batch_changes():
+    counts = torch.tensor([500, 300, 120, 40, 20, 5, 5, 0])
+    small = rarity_gates(counts, tokens=990, alpha=0.5, reference_batch_tokens=10, shard=SHARD)
+    large = rarity_gates(counts * 64, tokens=990 * 64, alpha=0.5, reference_batch_tokens=10, shard=SHARD)
+    assert torch.equal(small.rare, large.rare) and torch.equal(small.g1, large.g1) and torch.equal(small.g2, large.g2)
+    assert small.rare.tolist() == [False, False, False, True, True, True, True, False]
+
+
+def test_nothing_counted_yet():
+    gates = gates_of([0] * 8, tokens=0)
+    assert gates.rare.tolist() == [True] * 7 + [False]
+    assert torch.isfinite(gates.g1).all() and torch.isfinite(gates.g2).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"reference_batch_tokens": 0}, "reference_batch_tokens is 0"),
+        ({"shard": VocabShard(0, 4, 7)}, "this shard has 4 rows"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        gates_of([1] * 8, **options)
+
+
+def test_shards_tile_the_padded_vocabulary():
+    for world_size in (1, 2, 4):
+        shards = [VocabShard.of_rank(507, rank, world_size) for rank in range(world_size)]
+        assert [shard.start for shard in shards] == [i * 512 // world_size for i in range(world_size)]
+        assert shards[-1].stop == 512 and sum(shard.real for shard in shards) == 507
+    with pytest.raises(ValueError, match="does not divide over 3 ranks"):
+        VocabShard.of_rank(507, 0, 3)
+    with pytest.raises(ValueError, match="rank 4 is not in a world of 4"):
+        VocabShard.of_rank(507, 4, 4)

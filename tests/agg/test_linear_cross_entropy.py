@@ -1,0 +1,185 @@
+"""The gated loss on one process, against the paper's formula and torch's cross-entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from agg import Gates, VocabShard, gated_linear_cross_entropy
+from tests.agg.problems import Problem, dense_answer, make_problem, weigh
+
+
+def candidate(problem: Problem, gated: bool = True, dtype: torch.dtype = torch.float64, **options):
+    shard = problem.shard(0, 1)
+    hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
+    weight = problem.weight.to(dtype, copy=True).requires_grad_()
+    loss = gated_linear_cross_entropy(
+        hidden, weight, problem.target, problem.gates if gated else None, shard, **options
+    )
+    weigh(loss).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def assert_equal(got, expected, tolerance: float = 1e-12) -> None:
+    for name, one, other in zip(("loss", "dH", "dW"), got, expected, strict=True):
+        error = (one.double() - other).abs().max().item()
+        assert error <= tolerance * max(1.0, other.abs().max().item()), f"{name} is off by {error}"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+def test_equals_the_papers_formula(reduction, label_smoothing, gated, chunk_tokens):
+    problem = make_problem()
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    assert_equal(candidate(problem, gated, chunk_tokens=chunk_tokens, **options), dense_answer(problem, gated, **options))
+
+
+def test_the_problem_has_teeth():
+    """Gated and plain gradients differ, both classes of targets occur, and only dW is gated."""
+    problem = make_problem()
+    gated, plain = dense_answer(problem), dense_answer(problem, gated=False)
+    rare_target = problem.gates.rare[problem.target[problem.target >= 0]]
+    assert rare_target.any() and not rare_target.all()
+    assert (gated[2] - plain[2]).abs().max() > 1e-3
+    assert torch.allclose(gated[0], plain[0]) and torch.allclose(gated[1], plain[1])
+
+
+def test_open_gates_equal_torch_cross_entropy():
+    problem = make_problem()
+    open_gates = Gates(problem.gates.rare, torch.ones(512), torch.ones(512))
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight[:507].T, problem.target)
+    loss.backward()
+    assert_equal(
+        candidate(dataclasses.replace(problem, gates=open_gates)), (loss.detach(), hidden.grad, weight.grad)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_error_within_that_of_the_plain_formula(dtype, gated):
+    """Error budget: no further from fp64 than the paper's form computed in the same precision, plus 10 %."""
+    problem = make_problem(tokens=256, hidden_size=64)
+    truth = dense_answer(problem, gated)
+    rounded = dataclasses.replace(problem, hidden=problem.hidden.to(dtype), weight=problem.weight.to(dtype))
+    plain = dense_answer(rounded, gated)
+    mine = candidate(problem, gated, dtype=dtype)
+    unit = torch.finfo(dtype).eps
+    for name, got, reference, exact in zip(("loss", "dH", "dW"), mine, plain, truth, strict=True):
+        scale = exact.abs().max().item()
+        error, budget = ((x.double() - exact).abs().max().item() / scale for x in (got, reference))
+        assert error <= 1.1 * budget + unit, f"{name}: {error} against {budget} of the plain formula"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    hidden_size=st.integers(1, 9),
+    vocab_size=st.integers(1, 300),
+    chunk_tokens=st.integers(1, 50),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    alpha=st.sampled_from([1e-9, 0.3, 1e9]),
+    label_smoothing=st.sampled_from([0.0, 0.2]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_shape(tokens, hidden_size, vocab_size, chunk_tokens, ignored, alpha, label_smoothing, seed):
+    """Also nothing to learn from, no rare token, only rare tokens."""
+    problem = make_problem(tokens, hidden_size, vocab_size=max(vocab_size, 2), alpha=alpha, ignored=ignored, seed=seed)
+    options = {"reduction": "sum", "label_smoothing": label_smoothing}
+    assert_equal(candidate(problem, chunk_tokens=chunk_tokens, **options), dense_answer(problem, **options))
+
+
+def test_mean_over_no_valid_target_is_zero():
+    problem = make_problem(ignored=1.1)
+    loss, hidden_grad, weight_grad = candidate(problem)
+    assert loss == 0 and not hidden_grad.any() and not weight_grad.any()
+
+
+def test_ignored_positions_train_nothing():
+    problem = make_problem(ignored=0.5)
+    _, hidden_grad, _ = candidate(problem)
+    assert not hidden_grad[problem.target == -100].any() and hidden_grad[problem.target != -100].any(1).all()
+
+
+def test_padding_rows_take_no_part():
+    problem = make_problem()
+    problem.weight[507:] = 1e30
+    loss, _, weight_grad = candidate(problem)
+    assert torch.isfinite(loss) and not weight_grad[507:].any()
+
+
+def test_non_contiguous_and_frozen_inputs():
+    problem = make_problem()
+    _, hidden_grad, weight_grad = dense_answer(problem)
+    hidden = problem.hidden.T.contiguous().T.requires_grad_()
+    gated_linear_cross_entropy(
+        hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1)
+    ).backward()
+    assert torch.allclose(hidden.grad, hidden_grad, atol=1e-13)
+    weight = problem.weight.T.contiguous().T.requires_grad_()
+    gated_linear_cross_entropy(
+        problem.hidden, weight, problem.target, problem.gates, problem.shard(0, 1)
+    ).backward()
+    assert torch.allclose(weight.grad, weight_grad, atol=1e-13)
+
+
+def test_weight_tied_to_an_input_embedding():
+    """Only the output side is gated: the input side adds its own, whole gradient."""
+    problem = make_problem(ignored=0.0)
+    inputs = problem.target.roll(1)
+    results = []
+    for gated in (True, False):
+        weight = problem.weight.clone().requires_grad_()
+        hidden = F.embedding(inputs, weight).tanh()
+        own = problem.gates if gated else None
+        gated_linear_cross_entropy(hidden, weight, problem.target, own, problem.shard(0, 1)).backward()
+        with torch.no_grad():
+            alone = weight.clone().requires_grad_()
+        gated_linear_cross_entropy(hidden.detach(), alone, problem.target, own, problem.shard(0, 1)).backward()
+        results.append((weight.grad - alone.grad, alone.grad))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-13)
+    assert not torch.allclose(results[0][1], results[1][1], atol=1e-4)
+
+
+def test_differentiating_twice_is_refused():
+    problem = make_problem()
+    hidden = problem.hidden.clone().requires_grad_()
+    loss = gated_linear_cross_entropy(hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1))
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(96, 3).double()}, ValueError, "hidden must be"),
+        ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, "target must be \\[T\\]"),
+        ({"target": torch.zeros(96, dtype=torch.int32)}, ValueError, "int64"),
+        ({"target": torch.full((96,), 507)}, IndexError, "507 is outside the vocabulary"),
+        ({"target": torch.full((96,), -1)}, IndexError, "-1 is outside"),
+        ({"hidden": torch.zeros(96, 16)}, ValueError, "one floating dtype"),
+        ({"shard": VocabShard(0, 256, 507)}, ValueError, "512 rows"),
+        ({"gates": Gates(torch.zeros(3), torch.zeros(3), torch.zeros(3))}, ValueError, "gates.rare has 3 rows"),
+        ({"reduction": "average"}, ValueError, "reduction is 'average'"),
+        ({"label_smoothing": 1.0}, ValueError, "label_smoothing is 1.0"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens is 0"),
+    ],
+)
+def test_bad_input(change, error, message):
+    problem = make_problem()
+    arguments = {
+        "hidden": problem.hidden,
+        "weight": problem.weight,
+        "target": problem.target,
+        "gates": problem.gates,
+        "shard": problem.shard(0, 1),
+    }
+    with pytest.raises(error, match=message):
+        gated_linear_cross_entropy(**(arguments | change))

@@ -1,0 +1,78 @@
+"""The one-call object against its parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agg import AdaptiveGradientGating, TokenFrequency, gated_linear_cross_entropy, rarity_gates
+from tests.agg.problems import make_problem
+
+
+def build(problem, **options):
+    return AdaptiveGradientGating(
+        problem.shard(0, 1), **({"alpha": 0.3, "window_steps": 4, "reference_batch_tokens": 64} | options)
+    )
+
+
+def test_counts_then_gates_then_loss():
+    problem = make_problem()
+    shard, module = problem.shard(0, 1), build(problem, excluded_ids=(1,))
+    frequency = TokenFrequency(shard, 4)
+    frequency.update(problem.target)
+    gates = rarity_gates(
+        frequency.appearances, tokens=frequency.tokens, alpha=0.3, reference_batch_tokens=64, shard=shard,
+        excluded_ids=(1,),
+    )
+    grads = []
+    for loss_of in (module, lambda h, w, t: gated_linear_cross_entropy(h, w, t, gates, shard)):
+        weight = problem.weight.clone().requires_grad_()
+        loss_of(problem.hidden, weight, problem.target).backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_micro_batches_equal_the_whole_batch():
+    problem = make_problem(ignored=0.0)
+    grads = []
+    for parts in (1, 4):
+        module, weight = build(problem), problem.weight.clone().requires_grad_()
+        module.begin_step(problem.target)
+        for hidden, target in zip(problem.hidden.chunk(parts), problem.target.chunk(parts), strict=True):
+            module(hidden, weight, target, reduction="sum").backward()
+        grads.append(weight.grad)
+        assert module.frequency.steps == 1
+    assert torch.allclose(*grads, atol=1e-12)
+
+
+def test_evaluation_neither_counts_nor_gates():
+    problem = make_problem()
+    module = build(problem).eval()
+    weight = problem.weight.clone().requires_grad_()
+    module(problem.hidden, weight, problem.target).backward()
+    plain = problem.weight.clone().requires_grad_()
+    gated_linear_cross_entropy(problem.hidden, plain, problem.target, None, problem.shard(0, 1)).backward()
+    assert torch.equal(weight.grad, plain.grad) and module.frequency.steps == 0
+
+
+def test_state_dict_holds_the_counts():
+    problem = make_problem()
+    first, second = build(problem), build(problem)
+    first.begin_step(problem.target)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.frequency.appearances, first.frequency.appearances)
+    assert second.frequency.appearances.sum() == (problem.target >= 0).sum()
+
+
+def test_mixing_the_two_ways_of_counting_is_refused():
+    problem = make_problem()
+    module = build(problem)
+    module(problem.hidden, problem.weight, problem.target)
+    with pytest.raises(RuntimeError, match="begin_step"):
+        module.begin_step(problem.target)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"alpha": -1.0}, "alpha"), ({"window_steps": 0}, "window_steps")])
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(make_problem(), **options)
