@@ -1,0 +1,73 @@
+"""From hidden states to a loss, to losses and predictions of each token, or to next-token logits.
+
+Letters: T tokens, D hidden size, V vocabulary, V_local rows of this rank's shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from agg import VocabShard, gated_linear_cross_entropy
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class OutputHead(torch.nn.Module):
+    """Has no parameters: the output embedding belongs to the model, tied or not.
+
+    Args:
+        shard: the rows of the output embedding on this rank.
+    """
+
+    def __init__(self, shard: VocabShard) -> None:
+        super().__init__()
+        self.shard = shard
+        self.loss: Loss = self._plain_loss  # the objective replaces it
+
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor | None, per_token: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden: [T, D]. weight: [V_local, D]. target: [T] global ids or -100; None: logits are wanted.
+
+        Returns:
+            The summed loss []; with ``per_token`` the plain cross-entropy [T] and the most likely id [T];
+            without ``target`` the logits [T, V] of the unpadded vocabulary.
+        """
+        if target is None:
+            return self._all_logits(hidden, weight)
+        if per_token:
+            losses = gated_linear_cross_entropy(hidden, weight, target, None, self.shard, reduction="none")
+            return losses, self._predictions(hidden, weight)
+        return self.loss(hidden, weight, target)
+
+    def _plain_loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return gated_linear_cross_entropy(hidden, weight, target, None, self.shard, reduction="sum")
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[...] of each tensor-parallel rank to [ranks, ...]."""
+        if self.shard.world_size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.shard.world_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.shard.group)
+        return torch.stack(parts)
+
+    def _all_logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list(self._gather((hidden @ weight.T).float())), dim=1)[:, : self.shard.vocab_size]
+
+    def _predictions(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """int64 [T]: the most likely id of each position; of equals the lowest, on every layout."""
+        real = weight[: self.shard.real]
+        found = []
+        for chunk in hidden.split(1024):
+            if len(real):
+                best, row = (chunk @ real.T).float().max(1)
+            else:
+                best, row = chunk.new_full((len(chunk),), -torch.inf).float(), chunk.new_zeros(len(chunk)).long()
+            values, ids = self._gather(best), self._gather(row + self.shard.start)
+            found.append(ids.gather(0, values.argmax(0, keepdim=True))[0])
+        return torch.cat(found)

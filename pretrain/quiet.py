@@ -1,0 +1,30 @@
+"""Keeps the terminal ours: what third-party libraries print at import or start, and cannot be acted on, is not shown.
+
+Call :func:`quiet_third_party` before importing DeepSpeed or megatron-core.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_third_party() -> None:
+    """Errors still show; notices about optional accelerator libraries and deprecations inside libraries do not."""
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine) .*not installed")
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch\.utils|torch\.distributed|torch\.autograd)(\..*)?")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("DeepSpeed", "megatron", "datasets", "torch.distributed", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
+    import deepspeed.utils.logging
+
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
