@@ -147,7 +147,7 @@ class ReportingRecipe:
     geometry_every_steps: int = 50  # isotropy, mean cosine, mean shift
     validate_every_steps: int = 100
     validation_sequences: int = 64  # the first so many of the valid split; 0: all
-    tensorboard: bool = False
+    tensorboard: bool = True  # where it is installed
     word_similarity: tuple[str, ...] = ()  # files of "word TAB word TAB score" lines, for evaluate
 
 

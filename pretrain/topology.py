@@ -115,6 +115,7 @@ def connect(recipe: Recipe, *, use_cuda: bool | None = None) -> Topology:
     from megatron.core import parallel_state
 
     place = place_from_environment() or Place(0, 1, 0)
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists; srun does not set it
     on_gpu = torch.cuda.is_available() if use_cuda is None else use_cuda
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     data_parallel_size_of(recipe, place.world_size)

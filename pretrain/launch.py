@@ -1,0 +1,118 @@
+"""Starts the ranks of a run on this machine, when no launcher did.
+
+One process for each rank. Rank 0 has the terminal; what the others print goes to files, of which the end is shown
+when one of them fails first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pretrain.files import make_folder
+
+GRACE_SECONDS = 10.0
+
+
+def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path) -> int:
+    """Run ``python -m pretrain ARGUMENTS`` on ``world_size`` ranks and wait.
+
+    Returns:
+        0, or the exit code of the rank that failed first; the others are then ended.
+    """
+    make_folder(log_folder)
+    with contextlib.ExitStack() as stack:
+        ranks = [_start(arguments, rank, world_size, log_folder, stack) for rank in range(world_size)]
+        with _forwarded_signals(ranks):
+            code, failed = _wait(ranks)
+        _end(ranks)
+    if failed is not None and failed > 0:
+        _show_end(log_folder / f"rank_{failed:05d}.log", failed, code)
+    return code
+
+
+def _start(
+    arguments: Sequence[str], rank: int, world_size: int, log_folder: Path, stack: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or _free_port(),
+    }
+    os.environ["MASTER_PORT"] = environment["MASTER_PORT"]  # the same for all ranks
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    output = None if rank == 0 else stack.enter_context((log_folder / f"rank_{rank:05d}.log").open("wb"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "pretrain", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+    )
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None]:
+    """Until all ranks ended well, or one did not: its exit code and number. Of several, rank 0 speaks for all."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        if any(codes):
+            time.sleep(0.5)  # ranks that stop together for one cause
+            codes = [process.poll() for process in ranks]
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            code = codes[failed] or 1
+            return (128 - code if code < 0 else code), failed
+        if all(code == 0 for code in codes):
+            return 0, None
+        time.sleep(0.05)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in ranks:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _forwarded_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 to this process reach every rank. Ctrl-C does by itself."""
+
+    def forward(number: int, _: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_end(log: Path, rank: int, code: int) -> None:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    print(f"rank {rank} ended with exit code {code}; the end of {log}:", file=sys.stderr)
+    print("\n".join(lines[-25:]), file=sys.stderr)

@@ -1,0 +1,98 @@
+"""``runs/NAME``: what is in it, and whether it belongs to the recipe at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.errors import UserError
+from pretrain.files import make_folder, write_atomically
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
+
+# What may differ when a run goes on: it changes nothing that is trained.
+FREE_SECTIONS = ("checkpoint", "reporting", "output_root")
+FREE_KEYS = ("data.folder", "data.prepare_processes")
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.recipe_given_file = path / "recipe_given.yaml"
+        self.deepspeed_file = path / "deepspeed.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.evaluation_file = path / "evaluation.json"
+        self.evaluation_arrays = path / "evaluation.npz"
+        self.report_file = path / "report.html"
+        self.logs = path / "logs"
+
+    def saved_recipe(self) -> Recipe:
+        """The recipe the run was made with.
+
+        Raises:
+            UserError: this is not a run folder.
+        """
+        return recipe_from_dict(self._saved_tree(), str(self.recipe_file))
+
+    def claim(self, recipe: Recipe, given: str) -> bool:
+        """Make the folder this recipe's, or see that it is already. True if a run was there.
+
+        Raises:
+            UserError: another run is there, with the keys that differ; or the folder cannot be written.
+        """
+        make_folder(self.path)
+        tree = recipe_to_dict(recipe)
+        there = self.recipe_file.exists()
+        if there:
+            differences = _differences(self._saved_tree(), tree)
+            if differences:
+                raise UserError(
+                    f"{self.path} already holds another run:\n"
+                    + "\n".join(f"  - {difference}" for difference in differences)
+                    + f"\nGive this one another name=..., or delete {self.path}."
+                )
+        elif any(entry.name != self.logs.name for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and not a run: give this run another name=... or empty the folder")
+        else:
+            write_atomically(self.recipe_given_file, given)
+        write_atomically(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))
+        return there
+
+    def _saved_tree(self) -> dict[str, Any]:
+        try:
+            tree = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is not a run: it has no recipe.yaml") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{self.recipe_file} cannot be read: {error}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"{self.recipe_file} is not a recipe")
+        return tree
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Keys that a run may not change, as "key: there X, asked for Y"."""
+    flat_saved, flat_wanted = _flatten(saved), _flatten(wanted)
+    return [
+        f"{key}: there {flat_saved.get(key)!r}, asked for {flat_wanted.get(key)!r}"
+        for key in sorted(flat_saved.keys() | flat_wanted.keys())
+        if key not in FREE_KEYS
+        and key.split(".")[0] not in FREE_SECTIONS
+        and flat_saved.get(key) != flat_wanted.get(key)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,79 @@
+"""The JSON handed to DeepSpeed: how to shard from a file, everything else from the recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import RecipeError, UserError
+from pretrain.recipe import Recipe
+
+SHIPPED = Path(__file__).resolve().parents[2] / "deepspeed_configs"
+
+
+def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
+    """The sharding policy that the recipe names, with every value that the recipe owns filled in.
+
+    Raises:
+        UserError: no such file, or not JSON.
+        RecipeError: a value in the file that differs from the recipe, named with both sides.
+    """
+    path = find_policy(recipe.parallel.sharding)
+    try:
+        policy = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(policy, dict):
+        raise UserError(f"{path} holds {type(policy).__name__}, not an object")
+    batch = recipe.batch
+    owned: dict[str, Any] = {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.global_batch_size // (batch.micro_batch_size * data_parallel_size),
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+    }
+    problems: list[str] = []
+    merged = _fill(policy, owned, "", str(path), problems)
+    for forbidden in ("optimizer", "scheduler", "fp16"):
+        if forbidden in policy:
+            problems.append(f"{path} sets {forbidden!r}, which the recipe owns; remove it there")
+    if problems:
+        raise RecipeError(problems, f"the recipe {recipe.name} with {path.name}")
+    merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    merged.setdefault("steps_per_print", 2**31)  # what is printed is ours
+    return merged
+
+
+def find_policy(name_or_path: str) -> Path:
+    """A path as it is, or the name of a file in ``deepspeed_configs``."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{name_or_path}.json"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(entry.stem for entry in SHIPPED.glob("*.json")))
+    raise UserError(f"parallel.sharding is {name_or_path!r}: neither a file nor one of the shipped {names}")
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _fill(given: dict[str, Any], owned: dict[str, Any], prefix: str, path: str, problems: list[str]) -> dict[str, Any]:
+    """``given`` with ``owned`` values in the place of "auto" or nothing; differences go to ``problems``."""
+    merged = dict(given)
+    for key, value in owned.items():
+        there = given.get(key, "auto")
+        if isinstance(value, dict):
+            merged[key] = _fill({} if there == "auto" else there, value, f"{prefix}{key}.", path, problems)
+        elif there == "auto" or there == value:
+            merged[key] = value
+        else:
+            problems.append(f'{path} has {prefix}{key} = {there}, the recipe says {value}; put "auto" in the file')
+    for key, value in given.items():
+        if value == "auto" and key not in owned:
+            problems.append(f"{path} has {prefix}{key} = auto, but the recipe does not own that value")
+    return merged

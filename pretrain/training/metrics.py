@@ -1,0 +1,71 @@
+"""``metrics.jsonl``: one record a logged step. Units are in the names, and how each is reduced is said here.
+
+    step                  optimizer steps done
+    tokens                targets trained on so far, all ranks
+    loss                  nats per token, mean over the global batch of this step
+    learning_rate         of this step
+    grad_norm             global, before clipping
+    tokens_per_second     all ranks, mean since the last record
+    step_seconds          mean since the last record
+    mfu                   share of the devices' dense bf16 peak, where it is known
+    rare_fraction         share of the vocabulary whose gradient is gated in this step
+    isotropy, ...         of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
+    validation_loss       nats per token, mean over the valid split or its first sequences
+    validation_perplexity the same by frequency group
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pretrain.files import write_atomically
+
+
+class MetricsWriter:
+    """Appends records; a run that goes on drops what was written after its checkpoint.
+
+    Args:
+        path: the JSON lines.
+        done_steps: the step a run continues from.
+        tensorboard_folder: where to mirror numbers, if TensorBoard is installed; None: nowhere.
+    """
+
+    def __init__(self, path: Path, done_steps: int, tensorboard_folder: Path | None) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps]
+            write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard_folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._board = SummaryWriter(str(tensorboard_folder), purge_step=done_steps + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            for name, value in record.items():
+                parts = value.items() if isinstance(value, dict) else [("", value)]
+                for part, number in parts:
+                    if isinstance(number, (int, float)):
+                        self._board.add_scalar(f"{name}/{part}".rstrip("/"), number, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line that a crash tore."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

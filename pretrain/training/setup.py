@@ -1,0 +1,86 @@
+"""Everything a rank needs to train or evaluate a run, built in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import numpy as np
+import random
+
+import torch
+
+from agg import VocabShard
+from agg.vocab_shard import padded_vocab_size
+from pretrain.checkpointing.checkpoint import Progress
+from pretrain.data.loader import steps_per_epoch
+from pretrain.data.prepare import PreparedData
+from pretrain.model.gpt import build_model
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import recipe_to_dict
+from pretrain.topology import Topology
+from pretrain.training.deepspeed_config import deepspeed_config
+from pretrain.training.engine import build_engine
+from pretrain.training.objective import PlainObjective, build_objective
+
+
+@dataclass
+class Run:
+    """One rank's parts of a run, and how far it is."""
+
+    recipe: Recipe
+    topology: Topology
+    prepared: PreparedData
+    shard: VocabShard
+    objective: PlainObjective
+    engine: deepspeed.DeepSpeedEngine
+    deepspeed_config: dict[str, Any]
+    progress: Progress
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes that a checkpoint must share with the run that loads it."""
+        tree = recipe_to_dict(self.recipe)
+        model = json.dumps([tree["model"], tree["optimizer"], tree["objective"]], sort_keys=True)
+        return {"data": self.prepared.sha256, "recipe": hashlib.sha256(model.encode()).hexdigest()}
+
+
+def build_run(recipe: Recipe, topology: Topology) -> Run:
+    """Data, model, objective and engine at step 0.
+
+    Weights come from ``recipe.seed`` alone; dropout differs between data-parallel ranks and is shared by the
+    tensor-parallel ranks of one replica.
+    """
+    prepared = PreparedData.open(recipe)
+    shard = VocabShard.of_rank(
+        prepared.vocab_size,
+        topology.tensor_parallel_rank,
+        topology.tensor_parallel_size,
+        topology.tensor_parallel_group,
+        multiple_of=recipe.model.vocab_multiple_of,
+    )
+    model = build_model(
+        recipe.model, shard, padded_vocab_size(prepared.vocab_size, recipe.model.vocab_multiple_of), recipe.seed
+    )
+    objective = build_objective(
+        recipe.objective,
+        shard,
+        special_ids=prepared.tokenizer.special_ids,
+        token_counts=prepared.token_counts,
+        steps_per_epoch=steps_per_epoch(prepared, recipe),
+        data_parallel_group=topology.data_parallel_group,
+    )
+    model.output_head.loss = objective.loss
+    config = deepspeed_config(recipe, topology.data_parallel_size)
+    engine = build_engine(model, recipe.optimizer, config, topology)
+    seed_everything(recipe.seed + 1_000_003 * (1 + topology.data_parallel_rank))
+    return Run(recipe, topology, prepared, shard, objective, engine, config, Progress(0, 0, 0))
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)  # also every GPU
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
