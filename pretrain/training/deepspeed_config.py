@@ -41,7 +41,11 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
             problems.append(f"{path} sets {forbidden!r}, which the recipe owns; remove it there")
     if problems:
         raise RecipeError(problems, f"the recipe {recipe.name} with {path.name}")
-    merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    # Without ZeRO, DeepSpeed accumulates bf16 gradients in bf16 only.
+    accumulate = "bf16" if recipe.precision == "bf16" and zero_stage(merged) == 0 else "fp32"
+    merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", accumulate)
+    if zero_stage(merged) == 0:
+        merged["gradient_clipping"] = 0.0  # see pretrain.training.engine.UpdateGuard
     merged.setdefault("steps_per_print", 2**31)  # what is printed is ours
     return merged
 

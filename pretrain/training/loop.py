@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pretrain.model.size import model_size, peak_flops, training_flops_per_token
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
-from pretrain.training.engine import apply_update, gradient_norm, whole_output_embedding
+from pretrain.training.engine import apply_update, whole_output_embedding
 from pretrain.training.metrics import MetricsWriter
 from pretrain.training.schedule import learning_rate
 from pretrain.training.setup import Run, build_run
@@ -74,19 +75,19 @@ def _run_steps(
     with bar(last, "training", "step", show=topology.is_first, initial=run.progress.step) as progress_bar:
         while run.progress.step < last:
             micro_batches = [(tokens.to(topology.device), targets.to(topology.device)) for tokens, targets in next(steps)]
-            loss, valid_tokens = train_step(run, micro_batches)
+            done = train_step(run, micro_batches)
             step = run.progress.step
-            clock.count(valid_tokens)
+            clock.count(done.tokens)
             progress_bar.update()
             if _due(step, recipe.reporting.log_every_steps, last) or _measures_due(recipe, step, last):
-                record = {"step": step, "tokens": run.progress.consumed_tokens, "loss": loss}
-                record |= {"learning_rate": learning_rate(recipe, step - 1), "grad_norm": gradient_norm(run.engine)}
+                record: dict[str, Any] = {"step": step, "tokens": run.progress.consumed_tokens, "loss": done.loss}
+                record |= {"learning_rate": done.learning_rate, "grad_norm": done.grad_norm}
                 record |= clock.rates()
                 record |= _measures(run, step, last)
                 clock.restart()
                 if writer is not None:
                     writer.write(record)
-                progress_bar.set_postfix_str(f"loss {loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
+                progress_bar.set_postfix_str(f"loss {done.loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
             if _due(step, recipe.checkpoint.every_steps, last):
                 save(run, folder)
                 saved = step
@@ -95,11 +96,16 @@ def _run_steps(
         save(run, folder)
 
 
-def train_step(run: Run, micro_batches: list[MicroBatch]) -> tuple[float, int]:
-    """One optimizer step over this rank's micro-batches, each tokens and targets int64 [B, S].
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per token, mean over the global batch
+    tokens: int  # valid targets of the global batch
+    learning_rate: float
+    grad_norm: float  # global, before clipping
 
-    Returns:
-        The loss in nats per token over the global batch, and how many targets that had.
+
+def train_step(run: Run, micro_batches: list[MicroBatch]) -> StepResult:
+    """One optimizer step over this rank's micro-batches, each tokens and targets int64 [B, S].
 
     Raises:
         NonFiniteError: on all ranks; nothing was updated.
@@ -121,11 +127,11 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> tuple[float, int]:
             engine.step()  # accumulates: not at the boundary yet
 
     dist.all_reduce(loss_sum, group=topology.data_parallel_group)
-    mean_loss, tokens_in_step = float(loss_sum / valid.clamp(min=1)), int(valid)
+    mean_loss, rate = float(loss_sum / valid.clamp(min=1)), learning_rate(run.recipe, step)
     try:
         if not math.isfinite(mean_loss):
             raise NonFiniteError(f"the loss is {mean_loss}")
-        apply_update(engine, learning_rate(run.recipe, step))
+        norm = apply_update(engine, rate)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"step {step + 1}: {error}. Nothing was updated; the last checkpoint is good. "
@@ -134,9 +140,9 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> tuple[float, int]:
     run.progress = Progress(
         step + 1,
         run.progress.consumed_samples + run.recipe.batch.global_batch_size,
-        run.progress.consumed_tokens + tokens_in_step,
+        run.progress.consumed_tokens + int(valid),
     )
-    return mean_loss, tokens_in_step
+    return StepResult(mean_loss, int(valid), rate, norm)
 
 
 def save(run: Run, folder: RunFolder) -> None:
