@@ -1,0 +1,234 @@
+"""From shards to batches: megatron-core's shuffled samples for training, plain windows for evaluation.
+
+Letters: L sequence length, B micro-batch size (sequences), G global batch size (sequences).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.data.files import folder_lock
+from pretrain.data.prepare import PreparedData
+from pretrain.errors import UserError
+from pretrain.recipe import Recipe
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+IGNORED_TARGET = -100
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+def steps_per_epoch(prepared: PreparedData, recipe: Recipe) -> int:
+    """Optimizer steps that see about every train token once; at least 1."""
+    return max(1, -(-prepared.train_tokens // recipe.tokens_per_step))
+
+
+def training_dataset(prepared: PreparedData, recipe: Recipe) -> Any:
+    """Shuffled samples of the train split, at least ``train_steps * global_batch_size`` of them.
+
+    ``dataset[i]`` holds ``tokens`` and ``labels``, both int64 [L]. The order depends on the seed, the sequence length
+    and the number of samples. All ranks must call it: rank 0 writes the index to the data folder, the others wait.
+
+    Raises:
+        UserError: the split is shorter than one sequence, or the index cannot be written.
+    """
+    length = recipe.model.sequence_length
+    if prepared.train_tokens < length + 1:
+        raise UserError(
+            f"the train split of {prepared.folder} has {prepared.train_tokens} tokens, one sequence needs {length + 1} "
+            f"(model.sequence_length {length} and one more); give more text or shorten the sequences"
+        )
+    samples = recipe.batch.train_steps * recipe.batch.global_batch_size
+    cache = prepared.folder / "index_cache" / _cache_key(prepared, length, recipe.seed, samples)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _write_index(prepared, cache, _config(prepared, recipe, cache), samples)
+    builder = BlendedMegatronDatasetBuilder(
+        GPTDataset, [samples, 0, 0], lambda: True, _config(prepared, recipe, cache)
+    )
+    train, _, _ = builder.build()
+    return train
+
+
+class TrainingBatches:
+    """This data-parallel rank's micro-batches, one list per optimizer step.
+
+    Step ``s`` is the samples ``[s * G, (s + 1) * G)``, however many ranks share them: micro-batch ``m`` of rank ``r``
+    of ``R`` starts at ``s * G + (m * R + r) * B``. Iterating again goes on after the last step handed out.
+
+    Args:
+        dataset: from :func:`training_dataset`.
+        consumed_samples: where to begin, in samples of all ranks; a resumed run gives what was saved.
+
+    Raises:
+        ValueError: the global batch does not divide into micro-batches, or the rank is not one of the ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        consumed_samples: int = 0,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * data_parallel_size):
+            per_pass = f"{micro_batch_size} x {data_parallel_size}"
+            raise ValueError(f"a global batch of {global_batch_size} sequences does not divide by {per_pass}")
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(f"data-parallel rank {data_parallel_rank} is not one of {data_parallel_size}")
+        self._dataset = dataset
+        self._micro_batch_size, self._global_batch_size = micro_batch_size, global_batch_size
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._consumed_samples = consumed_samples
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples of all ranks in the steps handed out so far, those before a resume included."""
+        return self._consumed_samples
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        """Yield ``[(tokens, targets), ...]``, each int64 [B, L], until the samples end; the next step is read ahead."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+            start, size = self._consumed_samples, self._global_batch_size
+            ahead = reader.submit(self._step, start) if start + size <= len(self._dataset) else None
+            while ahead is not None:
+                batch = ahead.result()
+                start += size
+                ahead = reader.submit(self._step, start) if start + size <= len(self._dataset) else None
+                self._consumed_samples = start
+                yield batch
+
+    def _step(self, start: int) -> list[MicroBatch]:
+        size, ranks = self._micro_batch_size, self._ranks
+        firsts = range(start + self._rank * size, start + self._global_batch_size, ranks * size)
+        return [self._micro_batch(first) for first in firsts]
+
+    def _micro_batch(self, first: int) -> MicroBatch:
+        samples = [self._dataset[index] for index in range(first, first + self._micro_batch_size)]
+        return torch.stack([entry["tokens"] for entry in samples]), torch.stack([entry["labels"] for entry in samples])
+
+
+def evaluation_windows(
+    prepared: PreparedData,
+    split: str,
+    sequence_length: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    limit_sequences: int = 0,
+) -> Iterator[MicroBatch]:
+    """This rank's ``(tokens, targets)``, each int64 [B, L]: windows of a split that do not overlap.
+
+    Every token of the split but the first is a target once. Places without a target hold -100 there and the padding
+    id among the tokens. All ranks yield equally many micro-batches, the last ones all padding where need be.
+
+    Args:
+        limit_sequences: only the first so many windows; 0: all.
+
+    Raises:
+        UserError: the split has fewer than 2 tokens.
+    """
+    dataset = IndexedDataset(prepared.prefix(split))
+    total = int(dataset.sequence_lengths.sum(dtype=np.int64))
+    if total < 2:
+        raise UserError(f"the {split} split of {prepared.folder} has {total} tokens, 2 are needed; give more text")
+    windows = -(-(total - 1) // sequence_length)
+    if limit_sequences:
+        windows = min(windows, limit_sequences)
+    per_round = micro_batch_size * data_parallel_size
+    padding = max(prepared.tokenizer.pad_id, 0)
+    for round_start in range(0, windows, per_round):
+        tokens = torch.full((micro_batch_size, sequence_length), padding, dtype=torch.int64)
+        targets = torch.full((micro_batch_size, sequence_length), IGNORED_TARGET, dtype=torch.int64)
+        first = round_start + data_parallel_rank * micro_batch_size
+        for row, window in enumerate(range(first, min(first + micro_batch_size, windows))):
+            stream = _stream(dataset, window * sequence_length, sequence_length + 1, total)
+            tokens[row, : len(stream) - 1] = stream[:-1]
+            targets[row, : len(stream) - 1] = stream[1:]
+        yield tokens, targets
+
+
+def _stream(dataset: Any, start: int, count: int, total: int) -> torch.Tensor:
+    """int64: up to ``count`` tokens of the concatenated documents from ``start``."""
+    dtype = dataset.index.dtype
+    ids = dataset.bin_reader.read(dtype=dtype, count=min(count, total - start), offset=start * DType.size(dtype))
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class _DatasetTokenizer:
+    """What GPTDataset asks of a tokenizer. Its pad id is one no text has: GPTDataset rewrites that id to 0."""
+
+    vocab_size: int
+    eod: int
+    unique_identifiers: dict[str, str]
+    pad: int = -1
+
+
+def _config(prepared: PreparedData, recipe: Recipe, cache: Path) -> Any:
+    tokenizer = _DatasetTokenizer(
+        prepared.vocab_size, prepared.tokenizer.eos_id, {"sha256": prepared.manifest.tokenizer_sha256}
+    )
+    return GPTDatasetConfig(
+        random_seed=recipe.seed,
+        sequence_length=recipe.model.sequence_length,
+        blend_per_split=[([prepared.prefix("train")], None), None, None],
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+
+
+def _cache_key(prepared: PreparedData, length: int, seed: int, samples: int) -> str:
+    return hashlib.sha256(f"{prepared.sha256} {prepared.folder} {length} {seed} {samples}".encode()).hexdigest()[:24]
+
+
+def _write_index(prepared: PreparedData, cache: Path, config: Any, samples: int) -> None:
+    """Make ``cache`` whole or not at all; several runs may share the data folder, and a run may die here."""
+    if cache.is_dir():
+        return
+    with _explained_index_errors(prepared.folder):
+        cache.parent.mkdir(exist_ok=True)
+        with folder_lock(cache.parent, "indexing", wait=True):
+            if cache.is_dir():
+                return
+            building = cache.with_name(cache.name + ".building")
+            shutil.rmtree(building, ignore_errors=True)
+            config.path_to_cache = str(building)
+            low_level = IndexedDataset(prepared.prefix("train"))
+            indices = np.arange(len(low_level), dtype=np.int32)
+            GPTDataset(low_level, prepared.prefix("train"), indices, samples, Split.train, config)
+            os.replace(building, cache)
+
+
+@contextlib.contextmanager
+def _explained_index_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the sample index of data.folder {folder} cannot be written: {error}; make the folder writable"
+        ) from error

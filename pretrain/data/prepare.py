@@ -1,0 +1,298 @@
+"""Corpus -> tokenizer -> shards -> token counts -> manifest, in one folder; and opening such a folder.
+
+What is finished is kept in ``FOLDER/partial`` until the manifest is written, so an interrupted prepare continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing.pool
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.console import bar, say
+from pretrain.data import embedded
+from pretrain.data.corpus import SPLITS, Split, documents, source_files
+from pretrain.data.files import file_sha256, folder_lock, replacing, write_bytes, write_json
+from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
+from pretrain.data.shards import count_tokens, open_pool, shard_paths, update_text_hash, write_split
+from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines
+from pretrain.errors import UserError
+from pretrain.recipe import DataRecipe, Recipe
+
+TOKENIZER_NAME = "tokenizer.model"
+COUNTS_NAME = "token_counts.npy"
+PROVENANCE_NAME = "provenance.json"
+TOKENIZER_SEED = 0  # not recipe.seed: runs that differ in their seed share one folder
+_PACKAGES = ("torch", "sentencepiece", "megatron-core", "datasets", "numpy")
+
+
+def prepare(recipe: Recipe) -> Manifest:
+    """Fill ``recipe.data.folder``; nothing to do when it already holds the same. Continues after an interruption.
+
+    Raises:
+        UserError: the folder cannot be written, the disk is full, another process prepares it, it holds other
+            data, or the corpus or the tokenizer cannot be used.
+    """
+    data = recipe.data
+    folder = Path(data.folder)
+    with _explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder, "preparing"):
+            manifest = Manifest.read(folder)
+            if manifest is not None:
+                manifest.check_inputs(data)
+                _check_sources_unchanged(manifest, data)
+                PreparedData.open(recipe)
+                say(f"{folder} is already prepared: {_summary(manifest)}")
+                return manifest
+            manifest = _Preparation(data, folder).run()
+            say(f"{folder} is prepared: {_summary(manifest)}")
+            return manifest
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A checked data folder.
+
+    Attributes:
+        token_counts: int64 [vocab_size], how often each id is a token of the train split.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    manifest: Manifest
+    token_counts: np.ndarray
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> PreparedData:
+        """Open ``recipe.data.folder``. Sizes are checked, the hashes of the large files are not.
+
+        Raises:
+            UserError: not prepared, prepared from another recipe, or files that are missing, truncated or changed.
+        """
+        folder = Path(recipe.data.folder)
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            raise UserError(f"{folder} is not prepared; run: python -m pretrain prepare RECIPE")
+        manifest.check_inputs(recipe.data)
+        for split, entry in manifest.splits.items():
+            for path, size in zip(shard_paths(folder / split), (entry.bin_bytes, entry.idx_bytes), strict=True):
+                _check_size(path, size)
+        tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
+        made_with = {manifest.tokenizer_sha256, *(entry.tokenizer_sha256 for entry in manifest.splits.values())}
+        if made_with != {tokenizer.sha256}:
+            raise UserError(
+                f"the shards in {folder} were made with another tokenizer than {folder / TOKENIZER_NAME}; "
+                "put the right file back, or delete the folder and prepare again"
+            )
+        counts_path = folder / COUNTS_NAME
+        if not counts_path.is_file() or file_sha256(counts_path) != manifest.token_counts_sha256:
+            raise UserError(f"{counts_path} is missing or changed; delete {folder} and prepare again")
+        return cls(folder, tokenizer, manifest, np.load(counts_path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer, not padded."""
+        return self.manifest.vocab_size
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the train split."""
+        return self.manifest.splits["train"].tokens
+
+    @property
+    def sha256(self) -> str:
+        """One hash of the tokenizer and the shards."""
+        return self.manifest.sha256
+
+    def prefix(self, split: str) -> str:
+        """The path of a split's shard without ``.bin`` or ``.idx``."""
+        return str(self.folder / split)
+
+
+class _Preparation:
+    """The steps of one prepare; each leaves a record in ``partial`` when it is done."""
+
+    def __init__(self, data: DataRecipe, folder: Path) -> None:
+        self.data, self.folder, self.partial = data, folder, folder / "partial"
+
+    def run(self) -> Manifest:
+        sources = _sources(self.data)
+        self._begin(sources)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._remove_temporaries)  # after the workers have ended: one may be stopped while it writes
+            pool = open_pool(self.data.prepare_processes)
+            if pool is not None:
+                stack.enter_context(pool)  # terminates the workers, also after an error
+            if self.data.corpus.source == "embedded":
+                corpus = embedded.collect(self.data.prepare_processes, show=True)
+                write_json(self.folder / PROVENANCE_NAME, corpus.provenance)
+            tokenizer, train_documents = self._tokenizer()
+            splits: dict[str, SplitManifest] = {
+                split: self._split(split, train_documents, pool) for split in SPLITS
+            }
+        counts = count_tokens(self.folder / "train", tokenizer.vocab_size)
+        with replacing(self.folder / COUNTS_NAME) as temporary, temporary.open("wb") as file:
+            np.save(file, counts)
+        inputs = inputs_of(self.data)
+        manifest = Manifest(
+            corpus=inputs["corpus"],
+            tokenizer=inputs["tokenizer"],
+            sources=sources,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            token_counts_sha256=file_sha256(self.folder / COUNTS_NAME),
+            splits=splits,
+            versions=_versions(),
+        )
+        manifest.write(self.folder)
+        shutil.rmtree(self.partial)
+        return manifest
+
+    def _begin(self, sources: dict[str, Any]) -> None:
+        """Keep the finished steps of an interrupted prepare, if it had the same inputs."""
+        record = self.partial / "inputs.json"
+        inputs = json.loads(json.dumps({**inputs_of(self.data), "sources": sources}))
+        if record.exists() and json.loads(record.read_text(encoding="utf-8")) == inputs:
+            say(f"continuing the interrupted preparation of {self.folder}")
+            return
+        if self.partial.exists():
+            say(f"starting over: the unfinished preparation in {self.folder} had other inputs")
+            shutil.rmtree(self.partial)
+        else:
+            self._refuse_foreign_files()
+        self.partial.mkdir()
+        write_json(record, inputs)
+
+    def _remove_temporaries(self) -> None:
+        for path in [*self.folder.glob("*.[0-9]*.tmp"), *self.partial.rglob("*.tmp")]:
+            path.unlink(missing_ok=True)
+
+    def _refuse_foreign_files(self) -> None:
+        names = [TOKENIZER_NAME, COUNTS_NAME, *(path.name for split in SPLITS for path in shard_paths(Path(split)))]
+        present = [name for name in names if (self.folder / name).exists()]
+        if present:
+            raise UserError(
+                f"{self.folder} holds {', '.join(present)} but no {MANIFEST_NAME} that tells what they are; "
+                "choose another data.folder, or delete these files"
+            )
+
+    def _tokenizer(self) -> tuple[Tokenizer, int]:
+        """The tokenizer, and how many documents train has."""
+        path, record = self.folder / TOKENIZER_NAME, self.partial / "tokenizer.json"
+        if record.exists() and path.exists():
+            done = json.loads(record.read_text())
+            if file_sha256(path) == done["sha256"]:
+                return Tokenizer.load(path), done["train_documents"]
+        count = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal count
+            with bar(None, "collecting train", "documents") as progress:
+                for text in documents(self.data.corpus, "train"):
+                    count += 1
+                    progress.update()
+                    yield text
+
+        recipe = self.data.tokenizer
+        if recipe.model_file:
+            Tokenizer.load(recipe.model_file)
+            write_bytes(path, Path(recipe.model_file).read_bytes())
+            for _ in counted():
+                pass
+        else:
+            say(f"training a {recipe.model_type} tokenizer with {recipe.vocab_size} pieces")
+            train_tokenizer(training_lines(counted()), recipe, path, TOKENIZER_SEED)
+        tokenizer = Tokenizer.load(path)
+        write_json(record, {"sha256": tokenizer.sha256, "train_documents": count})
+        return tokenizer, count
+
+    def _split(self, split: Split, train_documents: int, pool: multiprocessing.pool.Pool | None) -> SplitManifest:
+        record, prefix = self.partial / f"{split}.json", self.folder / split
+        if record.exists():
+            entry = SplitManifest(**json.loads(record.read_text()))
+            sizes = [path.stat().st_size if path.exists() else -1 for path in shard_paths(prefix)]
+            if sizes == [entry.bin_bytes, entry.idx_bytes]:
+                return entry
+        total = train_documents if split == "train" else None
+        with bar(total, f"tokenizing {split}", "documents") as progress:
+            texts = documents(self.data.corpus, split)
+            tokenizer_path = self.folder / TOKENIZER_NAME
+            entry = write_split(prefix, texts, tokenizer_path, self.partial / f"{split}-chunks", pool, progress)
+        write_json(record, dataclasses.asdict(entry))
+        return entry
+
+
+def _sources(data: DataRecipe) -> dict[str, Any]:
+    """What tells cheaply whether the corpus is still the same: file sizes and times, or versions."""
+    sources: dict[str, Any] = {
+        split: [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
+        for split, paths in source_files(data.corpus).items()
+    }
+    if data.corpus.source == "embedded":
+        sources = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
+    if data.tokenizer.model_file:
+        sources["tokenizer"] = Tokenizer.load(data.tokenizer.model_file).sha256
+    return sources
+
+
+def _check_sources_unchanged(manifest: Manifest, data: DataRecipe) -> None:
+    """Refuse to call a folder up to date when its corpus has changed. Only a doubt makes it read the corpus again."""
+    sources = json.loads(json.dumps(_sources(data)))
+    if sources == manifest.sources:
+        return
+    changed = [] if sources.get("tokenizer") == manifest.sources.get("tokenizer") else ["the given tokenizer"]
+    for split in SPLITS:
+        text_hash = hashlib.sha256()
+        for text in documents(data.corpus, split):
+            update_text_hash(text_hash, text)
+        if text_hash.hexdigest() != manifest.splits[split].text_sha256:
+            changed.append(f"the text of {split}")
+    if changed:
+        raise UserError(
+            f"{data.folder} was prepared before its inputs changed: {', '.join(changed)} differs now; "
+            "choose another data.folder, or delete this one and prepare again"
+        )
+
+
+def _check_size(path: Path, size: int) -> None:
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != size:
+        found = "is missing" if actual is None else f"has {actual:,} bytes"
+        raise UserError(
+            f"{path} {found}, the manifest says {size:,} bytes; copy the file again, or delete {path.parent} and "
+            "prepare again"
+        )
+
+
+@contextlib.contextmanager
+def _explained_write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk of data.folder {folder} is full; free some space and run prepare again, it continues"
+            ) from error
+        raise UserError(f"data.folder {folder} cannot be written: {error}; choose another data.folder") from error
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _summary(manifest: Manifest) -> str:
+    splits = (f"{name} {entry.tokens:,} tokens" for name, entry in manifest.splits.items())
+    return f"vocabulary {manifest.vocab_size:,}, " + ", ".join(splits)

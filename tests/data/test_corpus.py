@@ -1,0 +1,138 @@
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.data.corpus import SPLITS, documents, split_of_text
+from pretrain.errors import UserError
+from pretrain.recipe import CorpusRecipe
+from tests.data.helpers import lines, write_lines
+
+
+def text_corpus(path: Path, **changes: Any) -> CorpusRecipe:
+    return dataclasses.replace(CorpusRecipe(source="text", train=(str(path),)), **changes)
+
+
+def problem(corpus: CorpusRecipe, split: Any = "train") -> str:
+    with pytest.raises(UserError) as caught:
+        list(documents(corpus, split))
+    return str(caught.value)
+
+
+def test_hash_splits_are_disjoint_and_complete(tmp_path: Path) -> None:
+    corpus = text_corpus(write_lines(tmp_path / "a.txt", 3000), valid_fraction=0.1, test_fraction=0.2)
+    found = {split: list(documents(corpus, split)) for split in SPLITS}
+    assert sorted(text for texts in found.values() for text in texts) == sorted(lines(3000))
+    assert not set(found["train"]) & set(found["valid"])
+    assert not (set(found["train"]) | set(found["valid"])) & set(found["test"])
+    assert 0.08 < len(found["valid"]) / 3000 < 0.12
+    assert 0.17 < len(found["test"]) / 3000 < 0.23
+
+
+def test_files_of_a_split_are_taken_whole(tmp_path: Path) -> None:
+    train, valid = write_lines(tmp_path / "a.txt"), write_lines(tmp_path / "b.txt", 20, seed=1)
+    corpus = text_corpus(train, valid=(str(valid),), test_fraction=0.1)
+    assert list(documents(corpus, "valid")) == lines(20, seed=1)
+    assert len(list(documents(corpus, "train"))) + len(list(documents(corpus, "test"))) == 400
+
+
+@pytest.mark.parametrize(
+    ("per", "expected"),
+    [
+        ("line", ["one", "two  ", "three"]),
+        ("paragraph", ["one\ntwo  ", "three"]),
+        ("file", ["one\r\ntwo  \n\n \nthree"]),
+    ],
+)
+def test_document_per(tmp_path: Path, per: Any, expected: list[str]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo  \n\n \nthree")
+    valid, test = write_lines(tmp_path / "valid.txt"), write_lines(tmp_path / "test.txt")
+    corpus = text_corpus(path, document_per=per, valid=(str(valid),), test=(str(test),))
+    assert list(documents(corpus, "train")) == expected
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet"])
+def test_tables(tmp_path: Path, source: Any) -> None:
+    texts = lines(50)
+    paths = [write_table(tmp_path / f"{i}.{source}", [{"body": text, "n": 1} for text in texts[i::2]]) for i in (0, 1)]
+    corpus = CorpusRecipe(source=source, train=(str(tmp_path / f"*.{source}"),), text_column="body")
+    held_out = dataclasses.replace(corpus, valid_fraction=0.2, test_fraction=0.2)
+    found = [text for split in SPLITS for text in documents(held_out, split)]
+    assert sorted(found) == sorted(texts)
+    message = problem(dataclasses.replace(corpus, text_column="text"))
+    assert str(paths[0]) in message and "no column 'text'" in message and "'body', 'n'" in message
+    assert "row 1" in problem(dataclasses.replace(corpus, text_column="n"))
+
+
+def test_broken_json_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    assert f"{path} cannot be read as JSON lines" in problem(CorpusRecipe(source="jsonl", train=(str(path),)))
+
+
+def test_glob_without_files(tmp_path: Path) -> None:
+    message = problem(text_corpus(tmp_path / "*.nothing"))
+    assert "data.corpus.train" in message and "*.nothing' matches no file" in message
+
+
+def test_file_in_two_splits(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.txt")
+    assert "both data.corpus.train and data.corpus.valid" in problem(text_corpus(path, valid=(str(path),)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n\n"])
+def test_file_without_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    assert f"{tmp_path / 'a.txt'} has no text" in problem(text_corpus(tmp_path / "a.txt"))
+
+
+def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\n" * 3 + b"caf\xe9 noir\n")
+    message = problem(text_corpus(tmp_path / "a.txt"))
+    assert f"{tmp_path / 'a.txt'} is not UTF-8: byte 0xe9 at offset 18" in message
+
+
+def test_split_that_ends_up_empty(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(text for text in lines(50) if split_of_text(text, CorpusRecipe()) != "valid"))
+    message = problem(text_corpus(path), "valid")
+    assert "the valid split has no document" in message and "data.corpus.valid_fraction = 0.05" in message
+
+
+def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    message = problem(CorpusRecipe(source="hub", hub_name="some/set"))
+    assert "data set 'some/set'" in message and "Couldn't reach" in message and "jsonl, parquet or text" in message
+
+
+def test_hub_splits_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def rows(name: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        return iter([{"text": f"{split} {i}"} for i in range(40)] + [{"text": " "}])
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    corpus = CorpusRecipe(source="hub", hub_name="some/set", valid=("validation",), test_fraction=0.2)
+    assert list(documents(corpus, "valid")) == [f"validation {i}" for i in range(40)]
+    taken = [*documents(corpus, "train"), *documents(corpus, "test")]
+    assert sorted(taken) == sorted(f"train {i}" for i in range(40))
