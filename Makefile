@@ -1,0 +1,38 @@
+# Everything runs in .venv, with the versions of constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: install quickstart test test-long lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	@echo "installing pinned versions into $(VENV) (a few minutes, once)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt torch
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,tensorboard]'
+	@touch $@
+
+quickstart: install
+	@$(RUN) pretrain prepare quickstart_plain
+	@$(RUN) pretrain train quickstart_plain
+	@$(RUN) pretrain train quickstart_agg
+	@$(RUN) pretrain evaluate runs/quickstart/plain
+	@$(RUN) pretrain evaluate runs/quickstart/agg
+	@$(RUN) pretrain report runs/quickstart/plain runs/quickstart/agg --output runs/quickstart/report.html
+
+test: install
+	@$(RUN) pytest -q -m 'not long'
+
+test-long: install
+	@$(RUN) pytest -q -m long
+
+lint: install
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""Do the embeddings know which words are alike? Spearman correlation of their cosines with human scores.
+
+A file has one pair a line, "word TAB word TAB score", as MEN, WordSim-353 and others can be written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from scipy.stats import spearmanr
+
+from agg import VocabShard
+from pretrain.errors import UserError
+from pretrain.evaluation.geometry import lookup_rows
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class WordPair:
+    first: str
+    second: str
+    score: float  # by people, on the scale of the file; only its order counts
+
+
+class Similarity(TypedDict):
+    """spearman in [-1, 1], None where it is undefined because all cosines or all scores are equal;
+    coverage: share of the pairs of which every sub-token occurs in the training data, None where counts are not given."""
+
+    spearman: float | None
+    pairs: int
+    coverage: float | None
+
+
+def read_word_pairs(path: Path) -> list[WordPair]:
+    """The pairs of a file; empty lines are skipped.
+
+    Raises:
+        UserError: no such file, not UTF-8, a line that is not a pair (named by file and line), or fewer than two pairs.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the word pairs of {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+    pairs = [_read_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if len(pairs) < 2:
+        raise UserError(f"{path} holds {len(pairs)} word pairs, a correlation needs two")
+    return pairs
+
+
+def word_similarity(
+    files: Sequence[Path],
+    encode: Encode,
+    weight: torch.Tensor,
+    shard: VocabShard,
+    token_counts: torch.Tensor | None = None,
+) -> dict[str, Similarity]:
+    """One result for each file, named by its stem. Every rank gets the same.
+
+    The vector of a word is the mean of the rows of its sub-tokens.
+
+    Args:
+        encode: text to ids, without special tokens.
+        weight: [V_local, D] rows of ``shard``.
+        token_counts: int64 [V], occurrences in the training data.
+
+    Raises:
+        UserError: as :func:`read_word_pairs`, two files of one name, or a word without any token.
+    """
+    names = [path.stem for path in files]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"two files of word pairs have the same name: {', '.join(repeated)}")
+    return {path.stem: _one_file(path, encode, weight, shard, token_counts) for path in files}
+
+
+def _read_pair(line: str, where: str) -> WordPair:
+    parts = [part.strip() for part in line.split("\t")]
+    if len(parts) != 3 or not parts[0] or not parts[1]:
+        raise UserError(f"{where}: {line.strip()!r} is not word TAB word TAB score")
+    try:
+        score = float(parts[2])
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise UserError(f"{where}: the score {parts[2]!r} is not a number")
+    return WordPair(parts[0], parts[1], score)
+
+
+def _one_file(
+    path: Path, encode: Encode, weight: torch.Tensor, shard: VocabShard, token_counts: torch.Tensor | None
+) -> Similarity:
+    pairs = read_word_pairs(path)
+    tokens = {word: encode(word) for pair in pairs for word in (pair.first, pair.second)}
+    without = [word for word, ids in tokens.items() if not ids]
+    if without:
+        raise UserError(f"{path}: the tokenizer gives no token for {without[0]!r}")
+    vectors = _word_vectors(tokens, weight, shard)
+    first = torch.stack([vectors[pair.first] for pair in pairs])
+    second = torch.stack([vectors[pair.second] for pair in pairs])
+    cosines = torch.nn.functional.cosine_similarity(first, second, dim=1).tolist()
+    scores = [pair.score for pair in pairs]
+    defined = len(set(cosines)) > 1 and len(set(scores)) > 1
+    coverage = None
+    if token_counts is not None:
+        seen = {word: bool((token_counts[torch.tensor(ids)] > 0).all()) for word, ids in tokens.items()}
+        coverage = sum(seen[pair.first] and seen[pair.second] for pair in pairs) / len(pairs)
+    return Similarity(
+        spearman=float(spearmanr(cosines, scores).statistic) if defined else None, pairs=len(pairs), coverage=coverage
+    )
+
+
+def _word_vectors(tokens: dict[str, list[int]], weight: torch.Tensor, shard: VocabShard) -> dict[str, torch.Tensor]:
+    """fp64 [D] on the CPU for each word; only the rows that occur are fetched from the ranks."""
+    ids = sorted({token for word_ids in tokens.values() for token in word_ids})
+    rows = lookup_rows(weight, shard, torch.tensor(ids)).cpu()
+    place = {token: i for i, token in enumerate(ids)}
+    return {word: rows[[place[token] for token in word_ids]].mean(0) for word, word_ids in tokens.items()}

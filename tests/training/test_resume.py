@@ -1,0 +1,109 @@
+"""k + k steps equal 2k steps, bit for bit, on the same layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.errors import UserError
+from pretrain.run_folder import RunFolder
+from tests.small_runs import change, read_metrics, train_on_ranks
+
+EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "rare_fraction", "isotropy", "validation_perplexity")
+
+
+def exact(records):
+    return [{key: record.get(key) for key in EXACT} for record in records]
+
+
+@pytest.mark.parametrize(
+    ("stage", "tensor_parallel", "world_size", "precision"),
+    [
+        (0, 1, 1, "bf16"),
+        (1, 2, 2, "fp32"),
+        (1, 1, 2, "bf16"),
+        (2, 2, 4, "fp32"),
+        (3, 1, 2, "fp32"),
+        (3, 2, 2, "bf16"),
+    ],
+)
+def test_two_halves_equal_the_whole(prepared_recipe, tmp_path, stage, tensor_parallel, world_size, precision):
+    """With dropout, gradient accumulation where there is room for it, and a window that slides."""
+    recipe = change(
+        prepared_recipe,
+        precision=precision,
+        model={"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        parallel={"sharding": f"zero{stage}", "tensor_model_parallel_size": tensor_parallel},
+        schedule={"warmup_steps": 2},
+    )
+    whole = change(recipe, output_root=str(tmp_path / "whole"))
+    halves = change(recipe, output_root=str(tmp_path / "halves"))
+    expected = exact(train_on_ranks(whole, world_size))
+    train_on_ranks(halves, world_size, stop_at_step=3)
+    assert [record["step"] for record in read_metrics(halves)] == [1, 2, 3]
+    assert exact(train_on_ranks(halves, world_size)) == expected
+    for path in sorted((RunFolder(whole.run_folder).checkpoints / "step_00000006").glob("*model_states.pt")):
+        other = RunFolder(halves.run_folder).checkpoints / "step_00000006" / path.name
+        one, two = (torch.load(file, weights_only=False)["module"] for file in (path, other))
+        assert all(torch.equal(one[name], two[name]) for name in one if one[name] is not None)
+
+
+def test_dropout_is_on(prepared_recipe, tmp_path):
+    """The exactness above means little if dropout did nothing."""
+    runs = [
+        train_on_ranks(
+            change(
+                prepared_recipe,
+                output_root=str(tmp_path / str(dropout)),
+                model={"hidden_dropout": dropout, "attention_dropout": dropout},
+                batch={"train_steps": 2},
+            ),
+            1,
+        )
+        for dropout in (0.0, 0.1)
+    ]
+    assert runs[0][0]["loss"] != runs[1][0]["loss"]
+
+
+def test_records_after_the_checkpoint_are_dropped(prepared_recipe, tmp_path):
+    recipe = change(prepared_recipe, output_root=str(tmp_path))
+    train_on_ranks(recipe, 1, stop_at_step=3)
+    folder = RunFolder(recipe.run_folder)
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')  # a crash after the checkpoint, in the middle of a line
+    assert [record["step"] for record in train_on_ranks(recipe, 1)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_old_checkpoints_are_deleted(prepared_recipe, tmp_path):
+    recipe = change(prepared_recipe, output_root=str(tmp_path), checkpoint={"every_steps": 1, "keep_last": 2})
+    train_on_ranks(recipe, 1)
+    there = sorted(path.name for path in RunFolder(recipe.run_folder).checkpoints.iterdir() if path.is_dir())
+    assert there == ["step_00000005", "step_00000006"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda checkpoint: (checkpoint / "rank_00000.pt").unlink(), "rank_00000.pt is missing"),
+        (lambda checkpoint: (checkpoint / "rank_00000.pt").write_bytes(b"x"), "has 1 bytes, the manifest says"),
+        (lambda checkpoint: (checkpoint / "MANIFEST.json").write_text("{"), "MANIFEST.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(prepared_recipe, tmp_path, damage, message):
+    from pretrain.checkpointing.checkpoint import latest_checkpoint
+
+    recipe = change(prepared_recipe, output_root=str(tmp_path), batch={"train_steps": 1})
+    train_on_ranks(recipe, 1)
+    checkpoints = RunFolder(recipe.run_folder).checkpoints
+    damage(checkpoints / "step_00000001")
+    with pytest.raises(UserError, match=message):
+        latest_checkpoint(checkpoints)
+
+
+def test_another_layout_is_refused(prepared_recipe, tmp_path):
+    recipe = change(prepared_recipe, output_root=str(tmp_path))
+    train_on_ranks(recipe, 1, stop_at_step=2)
+    folder = RunFolder(recipe.run_folder)
+    wider = change(recipe, parallel={"data_parallel_size": 2})
+    with pytest.raises(UserError, match="parallel.data_parallel_size: there 1, asked for 2"):
+        folder.claim(wider, "")
