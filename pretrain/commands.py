@@ -92,11 +92,11 @@ def generate(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> None:
     quiet_third_party()
     from pretrain.report.page import summary_table, write_report
-    from pretrain.report.run_records import read_run
+    from pretrain.report.run_records import read_runs
 
     output = options.output or options.folders[0] / "report.html"
     written = write_report(options.folders, output)
-    say(summary_table([read_run(folder) for folder in options.folders]))
+    say(summary_table(read_runs(options.folders)))
     say(f"report: {written}")
 
 

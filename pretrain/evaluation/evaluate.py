@@ -87,6 +87,10 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, step: in
     }
     write_bytes_atomically(folder.evaluation_arrays, _as_npz(arrays))
     write_json(folder.evaluation_file, evaluation)
+    say(
+        f"{recipe.name}: step {run.progress.step:,}, test perplexity {evaluation['perplexity']['total']:,.1f}, "
+        f"isotropy {geometry['isotropy']:.3f}, mean cosine {geometry['mean_cosine']:.3f} in {folder.evaluation_file}"
+    )
 
 
 def choose_checkpoint(folder: RunFolder, step: int | None) -> Path:

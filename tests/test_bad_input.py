@@ -1,0 +1,188 @@
+"""What a user can get wrong: one clear message, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.recipe import Recipe
+from pretrain.recipe_io import recipe_to_dict
+from tests.small_runs import change
+
+
+@pytest.fixture
+def write_recipe(prepared_recipe: Recipe, tmp_path: Path):
+    """A recipe file from the small recipe, with sections changed, and its output under tmp_path."""
+
+    def write(**sections: object) -> str:
+        recipe = change(prepared_recipe, output_root=str(tmp_path / "runs"), **sections)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe_to_dict(recipe)), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message that the command ends with."""
+    capfd.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capfd.readouterr()
+    message = err[err.index("error: ") :]
+    assert "Traceback" not in out + err and message.count("error: ") == 1
+    return message
+
+
+def test_misspelt_key(write_recipe, capfd, tmp_path):
+    message = refused(capfd, "train", write_recipe(), "optimizer.learnin_rate=1e-3")
+    assert "unknown key optimizer.learnin_rate; did you mean optimizer.learning_rate?" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_mistakes_at_once(write_recipe, capfd):
+    message = refused(
+        capfd, "train", write_recipe(), "model.stile=gpt2", "batch.train_steps=many", "precision=fp17", "nonsense"
+    )
+    assert "4 problems" in message
+    for part in ("did you mean model.style", "batch.train_steps is 'many'", "precision is 'fp17'", "'nonsense' is not"):
+        assert part in message
+
+
+def test_values_out_of_range_all_at_once(write_recipe, capfd):
+    message = refused(
+        capfd, "train", write_recipe(), "objective.alpha=0", "model.num_layers=0", "schedule.warmup_steps=600",
+        "optimizer.learning_rate=-1", "name=a/b",
+    )  # fmt: skip
+    for part in ("objective.alpha is 0", "model.num_layers is 0", "warmup_steps (600)", "learning_rate is -1", "'a/b'"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["parallel.tensor_model_parallel_size=3"], "model.num_attention_heads (4) is not divisible by"),
+        (["model.num_query_groups=3"], "model.num_attention_heads (4) is not divisible by model.num_query_groups (3)"),
+        (["model.hidden_size=30"], "model.hidden_size (30) is not divisible by model.num_attention_heads (4)"),
+        (["batch.global_batch_size=7"], "batch.global_batch_size (7) is not a multiple of batch.micro_batch_size"),
+        (["parallel.data_parallel_size=3"], "(2 x 3 = 6)"),
+    ],
+)
+def test_what_does_not_divide(write_recipe, capfd, tmp_path, overrides, part):
+    assert part in refused(capfd, "train", write_recipe(), *overrides)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
+    policy = tmp_path / "mine.json"
+    policy.write_text(json.dumps({"gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}))
+    message = refused(capfd, "train", write_recipe(), f"parallel.sharding={policy}")
+    assert f"{policy} has gradient_clipping = 0.5, the recipe says 1.0" in message
+    assert "bf16.enabled = True, the recipe says False" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [('{"zero_optimization": ', "is not JSON"), ('{"optimizer": {}}', "'optimizer', which the recipe owns"),
+     ('{"wall_clock_breakdown": "auto"}', "the recipe does not own that value")],
+)  # fmt: skip
+def test_deepspeed_file(write_recipe, capfd, tmp_path, content, part):
+    policy = tmp_path / "mine.json"
+    policy.write_text(content)
+    assert part in refused(capfd, "train", write_recipe(), f"parallel.sharding={policy}")
+    assert "neither a file nor one of the shipped" in refused(capfd, "train", write_recipe(), "parallel.sharding=zero9")
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (None, "no file"),
+        (b"", "no text"),
+        (b"good line\nbad \xff line\n", "UTF-8"),
+    ],
+)
+def test_corpus(write_recipe, capfd, tmp_path, make, part):
+    text = tmp_path / "corpus.txt"
+    if make is not None:
+        text.write_bytes(make)
+    folder = tmp_path / "data"
+    message = refused(
+        capfd, "prepare", write_recipe(), f"data.corpus.train=[{text}]", f"data.folder={folder}"
+    )
+    assert part in message and str(text) in message
+    assert not (folder / "manifest.json").exists() and not list(folder.glob("train.*"))
+
+
+def test_vocabulary_larger_than_the_corpus_supports(write_recipe, capfd, tmp_path):
+    message = refused(
+        capfd, "prepare", write_recipe(), "data.tokenizer.vocab_size=50000", f"data.folder={tmp_path / 'data'}"
+    )
+    assert "50000" in message.replace(",", "")
+    assert not (tmp_path / "data" / "tokenizer.model").exists()
+
+
+def test_not_prepared_yet(write_recipe, capfd, tmp_path):
+    message = refused(capfd, "train", write_recipe(), f"data.folder={tmp_path / 'none'}")
+    assert "python -m pretrain prepare" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_truncated_shard(write_recipe, capfd, tmp_path, prepared_recipe):
+    folder = tmp_path / "copy"
+    shutil.copytree(prepared_recipe.data.folder, folder)
+    shard = folder / "train.bin"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    message = refused(capfd, "train", write_recipe(), f"data.folder={folder}")
+    assert "train.bin" in message and "bytes" in message
+
+
+def test_shards_of_another_tokenizer(write_recipe, capfd, tmp_path, prepared_recipe):
+    folder, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(prepared_recipe.data.folder, folder)
+    assert main(["prepare", write_recipe(), "data.tokenizer.vocab_size=400", f"data.folder={other}"]) == 0
+    shutil.copy(other / "tokenizer.model", folder)
+    assert "another tokenizer" in refused(capfd, "train", write_recipe(), f"data.folder={folder}")
+
+
+def test_run_folder_holds_another_run(write_recipe, capfd, tmp_path):
+    recipe = write_recipe(batch={"train_steps": 1})
+    assert main(["train", recipe]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    message = refused(capfd, "train", recipe, "optimizer.learning_rate=0.5")
+    assert "already holds another run" in message and "optimizer.learning_rate: there 0.003, asked for 0.5" in message
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert main(["train", recipe]) == 0  # the same recipe: done already
+    assert "trained already" in capfd.readouterr().out
+
+
+def test_run_folder_is_not_a_run(write_recipe, capfd, tmp_path):
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "thesis.tex").touch()
+    assert "is not empty and not a run" in refused(capfd, "train", write_recipe())
+
+
+def test_unwritable_folder(write_recipe, capfd, tmp_path):
+    """A file where a folder should be stops even root."""
+    (tmp_path / "file").touch()
+    assert "cannot create the folder" in refused(capfd, "train", write_recipe(), f"output_root={tmp_path / 'file'}")
+    message = refused(capfd, "prepare", write_recipe(), f"data.folder={tmp_path / 'file' / 'data'}")
+    assert str(tmp_path / "file" / "data") in message
+
+
+def test_recipe_that_is_not_one(capfd, tmp_path):
+    assert "no recipe 'gpt5'" in refused(capfd, "train", "gpt5")
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    assert "not a mapping" in refused(capfd, "train", str(path))
+    path.write_text("a: [")
+    assert "is not YAML" in refused(capfd, "train", str(path))
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["generate", "--prompt", "x"], ["report"]])
+def test_folder_that_is_not_a_run(capfd, tmp_path, verb):
+    message = refused(capfd, verb[0], str(tmp_path / "nothing"), *verb[1:])
+    assert str(tmp_path / "nothing") in message
