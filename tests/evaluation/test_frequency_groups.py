@@ -64,7 +64,10 @@ def test_a_group_without_targets_has_no_perplexity() -> None:
     assert found.perplexity() == {"frequent": None, "medium": None, "rare": None, "total": None}
     found.update(torch.tensor([2.0, 1e6]), torch.tensor([0, 4]))
     assert found.perplexity() == {
-        "frequent": pytest.approx(math.exp(2)), "medium": math.inf, "rare": None, "total": math.inf
+        "frequent": pytest.approx(math.exp(2)),
+        "medium": math.inf,
+        "rare": None,
+        "total": math.inf,
     }
 
 

@@ -36,7 +36,9 @@ def seen_rows() -> torch.Tensor:
     return torch.arange(VOCAB) % 3 != 0
 
 
-def shard_of(whole: torch.Tensor, rank: int, world_size: int, multiple_of: int = 128) -> tuple[torch.Tensor, VocabShard]:
+def shard_of(
+    whole: torch.Tensor, rank: int, world_size: int, multiple_of: int = 128
+) -> tuple[torch.Tensor, VocabShard]:
     """This rank's rows; those that only pad are huge, so that reading one changes every number."""
     group = dist.group.WORLD if world_size > 1 else None
     shard = VocabShard.of_rank(len(whole), rank, world_size, group, multiple_of)

@@ -96,7 +96,7 @@ def test_a_malformed_file_is_named_with_its_line(text: str, message: str, tmp_pa
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the word pairs of .*MEN.tsv: No such file"):
+    with pytest.raises(UserError, match=r"cannot read the word pairs of .*MEN\.tsv: No such file"):
         read_word_pairs(tmp_path / "MEN.tsv")
     (tmp_path / "latin.tsv").write_bytes(b"fen\xeatre\tporte\t3\n")
     with pytest.raises(UserError, match=r"latin\.tsv is not UTF-8"):

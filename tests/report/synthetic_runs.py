@@ -50,7 +50,8 @@ def _metrics(kind: str, random: np.random.Generator) -> list[dict[str, Any]]:
         left = float(np.exp(-6 * progress)) - float(np.exp(-6))
         loss = np.log(total) + 3.6 * left + random.normal(0, 0.12)
         record: dict[str, Any] = {
-            "step": step, "tokens": step * TOKENS_PER_STEP, "loss": float(loss), "learning_rate": 1e-3 * (1 - 0.9 * progress),
+            "step": step, "tokens": step * TOKENS_PER_STEP, "loss": float(loss),
+            "learning_rate": 1e-3 * (1 - 0.9 * progress),
             "grad_norm": float(random.gamma(9, 0.1)), "tokens_per_second": 7000.0, "step_seconds": 0.29,
         }  # fmt: skip
         if step % 50 == 0:
@@ -81,7 +82,7 @@ def _arrays(kind: str, random: np.random.Generator) -> dict[str, Any]:
     rows = random.normal(size=(VOCAB, WIDTH)) * stretch * (1 - 0.8 * cone * rarity[:, None])
     rows += 1.6 * cone * (0.35 + rarity[:, None]) * common
     norms = np.linalg.norm(rows, axis=1)
-    left, singular, right = np.linalg.svd(rows, full_matrices=False)
+    _, singular, right = np.linalg.svd(rows, full_matrices=False)
     projection = rows @ right[:2].T
     unit = rows / norms[:, None]
     cosines = (unit @ unit[:256].T)[256:]

@@ -1,0 +1,93 @@
+"""Reading run folders: what is there, what is torn, what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.errors import UserError
+from pretrain.report.run_records import read_runs
+from tests.report.synthetic_runs import STEPS, TOKENS_PER_STEP, write_run
+
+
+def test_reading_a_run(tmp_path: Path) -> None:
+    (record,) = read_runs([write_run(tmp_path, "one")])
+    assert record.name == "one"
+    assert record.recipe["objective"]["alpha"] == 0.012
+    tokens, loss = record.series("loss")
+    assert len(tokens) == len(loss) == STEPS // 10
+    assert tokens[-1] == STEPS * TOKENS_PER_STEP
+    assert len(record.series("validation_perplexity", "rare")[0]) == STEPS // 100
+    assert record.series("never_measured")[0].shape == (0,)
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2010, "tok')
+    assert read_runs([folder])[0].metrics[-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2010, "tok', '{"tokens": 3}', "[1]"])
+def test_any_other_broken_line_is_named(tmp_path: Path, broken: str) -> None:
+    folder = write_run(tmp_path, "one")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(broken + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl:201: not a JSON record"):
+        read_runs([folder])
+
+
+def test_steps_repeated_after_a_resume_count_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one")
+    again = {"step": 500, "tokens": 500 * TOKENS_PER_STEP, "loss": 123.0}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(again) + "\n")
+    tokens, loss = read_runs([folder])[0].series("loss")
+    assert len(tokens) == STEPS // 10
+    assert (np.diff(tokens) > 0).all()
+    assert loss[49] == 123.0
+
+
+def test_what_is_not_an_evaluated_run_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one")
+    with pytest.raises(UserError, match=r"nowhere is not a run folder: it has no recipe\.yaml"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="at least one run folder"):
+        read_runs([])
+    with pytest.raises(UserError, match="given twice"):
+        read_runs([folder, tmp_path / "x" / ".." / "one"])
+    (folder / "evaluation.npz").rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=r"cannot read .*evaluation\.npz .*: run `python .* evaluate .*one` again"):
+        read_runs([folder])
+    (folder / "evaluation.npz").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"cannot read .*evaluation\.npz"):
+        read_runs([folder])
+    np.savez(folder / "evaluation.npz", groups=np.zeros(3))
+    with pytest.raises(UserError, match="lacks token_counts, row_norms"):
+        read_runs([folder])
+    (folder / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"has not been evaluated: run `python -m pretrain evaluate .*one` first"):
+        read_runs([folder])
+
+
+def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.json has format 2, this version reads 1"):
+        read_runs([write_run(tmp_path, "one", format=2)])
+    folder = write_run(tmp_path, "two")
+    path = folder / "evaluation.json"
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    del tree["isotropy"], tree["training"]
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(UserError, match="lacks isotropy, training"):
+        read_runs([folder])
+    path.write_text('{"format": 1,\n"run": }', encoding="utf-8")
+    with pytest.raises(UserError, match=r"evaluation\.json:2: not JSON"):
+        read_runs([folder])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / place, "same") for place in ("a", "b")]
+    assert [record.name for record in read_runs(folders)] == [f"same ({folder})" for folder in folders]

@@ -1,0 +1,136 @@
+"""The verbs as a user runs them: real processes that start their own ranks, from text to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.recipe_io import recipe_to_dict
+from tests.small_runs import change
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pretrain(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(prepared_recipe, tmp_path_factory):
+    """Two trained and evaluated runs on two ranks each: plain, tensor-parallel; AGG, data-parallel."""
+    root = tmp_path_factory.mktemp("pipeline")
+    layouts = {"mle": {"tensor_model_parallel_size": 2}, "agg": {"data_parallel_size": 2}}
+    for method, layout in layouts.items():
+        recipe = change(
+            prepared_recipe, name=method, output_root=str(root), objective={"method": method}, parallel=layout
+        )
+        path = root / f"{method}.yaml"
+        path.write_text(yaml.safe_dump(recipe_to_dict(recipe)), encoding="utf-8")
+        pretrain("train", str(path))
+        pretrain("evaluate", str(root / method))
+    return root
+
+
+def test_run_folder(runs):
+    for method in ("mle", "agg"):
+        records = [json.loads(line) for line in (runs / method / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+        assert ("rare_fraction" in records[-1]) == (method == "agg")
+        evaluation = json.loads((runs / method / "evaluation.json").read_text())
+        assert evaluation["method"] == method and evaluation["checkpoint_step"] == 6
+        for key in ("perplexity", "unique_tokens"):
+            assert set(evaluation[key]) == {"frequent", "medium", "rare", "total"}
+        assert 0 < evaluation["isotropy"] <= 1 and evaluation["perplexity"]["total"] > 1
+        config = json.loads((runs / method / "deepspeed.json").read_text())
+        assert config["zero_optimization"]["stage"] == 1 and "auto" not in json.dumps(config)
+        assert (runs / method / "recipe_given.yaml").read_text() == (runs / f"{method}.yaml").read_text()
+
+
+def test_evaluation_agrees_with_the_validation_of_training(runs, prepared_recipe):
+    """Two paths to one number: geometry of the last record, and of the checkpoint."""
+    record = json.loads((runs / "agg" / "metrics.jsonl").read_text().splitlines()[-1])
+    evaluation = json.loads((runs / "agg" / "evaluation.json").read_text())
+    for key in ("isotropy", "mean_cosine", "mean_shift"):
+        assert evaluation[key] == pytest.approx(record[key], rel=1e-9)
+
+
+def test_again_does_nothing(runs):
+    before = (runs / "agg" / "evaluation.json").stat().st_mtime_ns
+    assert "trained already" in pretrain("train", str(runs / "agg.yaml")).stdout
+    assert "evaluated already" in pretrain("evaluate", str(runs / "agg")).stdout
+    assert (runs / "agg" / "evaluation.json").stat().st_mtime_ns == before
+
+
+def test_report(runs):
+    done = pretrain("report", str(runs / "mle"), str(runs / "agg"), "--output", str(runs / "report.html"))
+    assert "isotropy" in done.stdout.lower() and "mle" in done.stdout and "agg" in done.stdout
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") >= 6
+    assert len(list((runs / "figures").glob("*.png"))) >= 6
+
+
+def test_generate(runs):
+    first = pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--max-new-tokens", "5").stdout
+    assert first.startswith("abc")
+    assert first == pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--max-new-tokens", "5").stdout
+    with_noise = ["generate", str(runs / "mle"), "--prompt", "abc", "--max-new-tokens", "20", "--temperature", "2"]
+    assert pretrain(*with_noise).stdout.startswith("abc")
+    assert "no checkpoint of step 5; there are: 6" in pretrain(
+        "generate", str(runs / "agg"), "--prompt", "abc", "--checkpoint", "5", code=2
+    ).stderr
+
+
+def test_terminal_is_ours(runs, tmp_path):
+    """No warnings of third parties: every line but the bars is one of a few known ones."""
+    done = pretrain("train", str(runs / "agg.yaml"), f"output_root={tmp_path}", PATH="/nonexistent")  # no compiler
+    lines = [line for line in done.stderr.replace("\r", "\n").split("\n") if line.strip()]
+    assert all(line.startswith("training:") for line in lines), done.stderr
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_a_rank_that_fails_ends_the_others(runs, tmp_path):
+    """Rank 1 cannot read its part of the checkpoint's recipe: here, a full stop inside one rank only."""
+    code = "import os,sys; sys.exit(7) if os.environ['RANK']=='1' else __import__('time').sleep(60)"
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH.format(code=code, logs=str(tmp_path))],
+        cwd=ROOT, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 7 and "rank 1 ended with exit code 7" in done.stderr
+
+
+_LAUNCH = """
+import sys, subprocess
+from pathlib import Path
+import pretrain.launch as launch
+real = subprocess.Popen
+launch.subprocess.Popen = lambda command, **options: real([sys.executable, "-c", {code!r}], **options)
+sys.exit(launch.run_local_ranks([], 2, Path({logs!r})))
+"""
+
+
+def test_joins_the_ranks_of_a_launcher(runs, tmp_path):
+    """torchrun started them; train must not start more."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain",
+         "train", str(runs / "agg.yaml"), f"output_root={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    started = [json.loads(line)["loss"] for line in (tmp_path / "agg" / "metrics.jsonl").read_text().splitlines()]
+    own = [json.loads(line)["loss"] for line in (runs / "agg" / "metrics.jsonl").read_text().splitlines()]
+    assert started == own
