@@ -1,36 +1,73 @@
-"""Writing files so that they are whole or not there."""
+"""Files that appear whole or not at all, their hashes, and one writer at a time in a folder."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``; a crash leaves the old file or the new one."""
-    write_bytes_atomically(path, text.encode("utf-8"))
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``; a crash leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; it becomes ``path`` when the block ends, and is removed when it raises."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def write_json(path: Path, tree: Any) -> None:
-    write_atomically(path, json.dumps(tree, indent=2) + "\n")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the one lock of a folder. It ends with the process, however that ends.
+
+    Args:
+        doing: what the lock protects, for the message.
+        wait: wait for the other holder; otherwise refuse.
+
+    Raises:
+        UserError: another process holds it, and ``wait`` is False.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                f"another process is {doing} {folder}; wait until it ends, or choose another data.folder"
+            ) from None
+        yield
 
 
 def make_folder(path: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pretrain.errors import UserError
-from pretrain.files import make_folder, write_atomically
+from pretrain.files import make_folder, write_text
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
 
@@ -60,8 +60,8 @@ class RunFolder:
         elif any(entry.name != self.logs.name for entry in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a run: give this run another name=... or empty the folder")
         else:
-            write_atomically(self.recipe_given_file, given)
-        write_atomically(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))
+            write_text(self.recipe_given_file, given)
+        write_text(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))
         return there
 
     def _saved_tree(self) -> dict[str, Any]:

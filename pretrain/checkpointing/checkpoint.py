@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pretrain import __version__
 from pretrain.errors import UserError
-from pretrain.files import write_atomically, write_json
+from pretrain.files import write_text, write_json
 from pretrain.topology import Topology
 
 FORMAT = 1
@@ -121,7 +121,7 @@ def save_checkpoint(
         )
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        write_atomically(folder / "latest", final.name + "\n")
+        write_text(folder / "latest", final.name + "\n")
         _delete_old(folder, keep_last)
     dist.barrier()
     return final

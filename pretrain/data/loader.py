@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.data.files import folder_lock
+from pretrain.files import folder_lock
 from pretrain.data.prepare import PreparedData
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe

@@ -24,7 +24,7 @@ import numpy as np
 from pretrain.console import bar, say
 from pretrain.data import embedded
 from pretrain.data.corpus import SPLITS, Split, documents, source_files
-from pretrain.data.files import file_sha256, folder_lock, replacing, write_bytes, write_json
+from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
 from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
 from pretrain.data.shards import count_tokens, open_pool, shard_paths, update_text_hash, write_split
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines

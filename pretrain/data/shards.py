@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.files import file_sha256, replacing, write_json
+from pretrain.files import file_sha256, replacing, write_json
 from pretrain.data.manifest import SplitManifest
 from pretrain.data.tokenizer import Tokenizer
 

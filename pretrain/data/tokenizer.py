@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from pretrain.data.files import write_bytes
+from pretrain.files import write_bytes
 from pretrain.errors import UserError
 from pretrain.recipe import TokenizerRecipe
 

@@ -27,7 +27,7 @@ from pretrain.evaluation.geometry import (
     singular_values,
 )
 from pretrain.evaluation.word_similarity import word_similarity
-from pretrain.files import write_bytes_atomically, write_json
+from pretrain.files import write_bytes, write_json
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
@@ -85,7 +85,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, step: in
         "parameters_without_embeddings": model_size(recipe.model, run.prepared.vocab_size).without_embeddings,
         "training": _training_facts(run, folder),
     }
-    write_bytes_atomically(folder.evaluation_arrays, _as_npz(arrays))
+    write_bytes(folder.evaluation_arrays, _as_npz(arrays))
     write_json(folder.evaluation_file, evaluation)
     say(
         f"{recipe.name}: step {run.progress.step:,}, test perplexity {evaluation['perplexity']['total']:,.1f}, "

@@ -36,9 +36,7 @@ def generate_text(
         UserError: the prompt has no tokens.
     """
     run = build_run(recipe, topology)
-    load_checkpoint(
-        run.engine, choose_checkpoint(folder, step), run.objective.load_state_dict, topology, run.identity
-    )
+    load_checkpoint(run.engine, choose_checkpoint(folder, step), run.objective.load_state_dict, topology, run.identity)
     tokenizer = run.prepared.tokenizer
     ids = tokenizer.encode(prompt)
     if not ids:

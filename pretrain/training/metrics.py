@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import write_atomically
+from pretrain.files import write_text
 
 
 class MetricsWriter:
@@ -36,7 +36,7 @@ class MetricsWriter:
     def __init__(self, path: Path, done_steps: int, tensorboard_folder: Path | None) -> None:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard_folder is not None:
