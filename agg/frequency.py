@@ -128,7 +128,7 @@ class TokenFrequency:
                     f"{int(delta[-1])} targets of this step are outside the vocabulary of {self.shard.vocab_size} ids"
                 )
         else:
-            torch._assert_async(delta[-1] == 0)  # type: ignore[no-untyped-call]  # reading it would stall the device
+            torch._assert_async(delta[-1] == 0)  # reading it would stall the device
         delta = delta[:-1]
         slot = self._updates % self.window_steps
         leaving = self._slots.pop(slot, None)

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pretrain", description="Pretraining with Adaptive Gradient Gating.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain", description="Pretraining with Adaptive Gradient Gating."
+    )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
@@ -52,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             added.add_argument("--stop-at-step", type=_positive, help="save and stop after this step")
 
-    added = verb("evaluate", commands.evaluate, "Perplexity by frequency group, unique tokens, geometry: evaluation.json.")
+    added = verb(
+        "evaluate", commands.evaluate, "Perplexity by frequency group, unique tokens, geometry: evaluation.json."
+    )
     added.add_argument("folder", metavar="RUN", type=Path)
     added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest")
 

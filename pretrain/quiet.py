@@ -13,7 +13,9 @@ import warnings
 def quiet_third_party() -> None:
     """Errors still show; notices about optional accelerator libraries and deprecations inside libraries do not."""
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine) .*not installed")
-    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch\.utils|torch\.distributed|torch\.autograd)(\..*)?")
+    warnings.filterwarnings(
+        "ignore", module=r"(megatron|deepspeed|torch\.utils|torch\.distributed|torch\.autograd)(\..*)?"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

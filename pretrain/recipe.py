@@ -250,7 +250,11 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "optimizer.betas[0]": optimizer.betas[0],
         "optimizer.betas[1]": optimizer.betas[1],
     }
-    problems = [f"{key} is {value}, must be at least 1" for key, value in at_least_one.items() if value is not None and value < 1]
+    problems = [
+        f"{key} is {value}, must be at least 1"
+        for key, value in at_least_one.items()
+        if value is not None and value < 1
+    ]
     problems += [f"{key} is {value}, must not be negative" for key, value in not_negative.items() if not value >= 0]
     problems += [f"{key} is {value}, must be above 0" for key, value in positive.items() if not value > 0]
     problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
@@ -289,11 +293,14 @@ def _model_problems(recipe: Recipe) -> list[str]:
     problems = [
         f"{key} ({value}) is not divisible by {by_key} ({by})" for key, value, by_key, by in divisions if value % by
     ]
-    if recipe.parallel.data_parallel_size and min(recipe.batch.micro_batch_size, recipe.parallel.data_parallel_size) > 0:
+    if (
+        recipe.parallel.data_parallel_size
+        and min(recipe.batch.micro_batch_size, recipe.parallel.data_parallel_size) > 0
+    ):
         problems += batch_problems(recipe, recipe.parallel.data_parallel_size)
-    if model.style == "llama" and model.hidden_size % model.num_attention_heads == 0:
-        if (model.hidden_size // model.num_attention_heads) % 2:
-            problems.append("model.hidden_size / model.num_attention_heads must be even: RoPE turns pairs")
+    head_size, rest = divmod(model.hidden_size, model.num_attention_heads)
+    if model.style == "llama" and rest == 0 and head_size % 2:
+        problems.append("model.hidden_size / model.num_attention_heads must be even: RoPE turns pairs")
     return problems
 
 
@@ -305,11 +312,15 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
             f"schedule.warmup_steps ({schedule.warmup_steps}) leaves nothing of batch.train_steps ({steps})"
         )
     if schedule.kind == "inverse_sqrt" and schedule.warmup_steps < 1:
-        problems.append("schedule.kind inverse_sqrt falls from the end of the warm-up: schedule.warmup_steps must be at least 1")
+        problems.append(
+            "schedule.kind inverse_sqrt falls from the end of the warm-up: schedule.warmup_steps must be at least 1"
+        )
     if schedule.kind == "warmup_stable_decay" and schedule.decay_steps is None:
         problems.append("schedule.kind warmup_stable_decay needs schedule.decay_steps")
     if schedule.decay_steps is not None and not 1 <= schedule.decay_steps <= steps:
-        problems.append(f"schedule.decay_steps is {schedule.decay_steps}, must be between 1 and batch.train_steps ({steps})")
+        problems.append(
+            f"schedule.decay_steps is {schedule.decay_steps}, must be between 1 and batch.train_steps ({steps})"
+        )
     if not 0 <= schedule.min_learning_rate_ratio <= 1:
         problems.append(f"schedule.min_learning_rate_ratio is {schedule.min_learning_rate_ratio}, must be in [0, 1]")
     return problems

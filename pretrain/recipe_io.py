@@ -52,7 +52,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply_override(tree, override, problems)
     recipe = _build(Recipe, tree, "", problems)
-    if problems or recipe is None:
+    if problems or not isinstance(recipe, Recipe):
         raise RecipeError(problems, str(path))
     recipe.check(str(path))
     return recipe
@@ -62,7 +62,7 @@ def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:
     """A recipe from its plain form, as :func:`recipe_to_dict` gives it."""
     problems: list[str] = []
     recipe = _build(Recipe, tree, "", problems)
-    if problems or recipe is None:
+    if problems or not isinstance(recipe, Recipe):
         raise RecipeError(problems, where)
     recipe.check(where)
     return recipe
@@ -76,7 +76,8 @@ def recipe_to_dict(recipe: Any) -> dict[str, Any]:
             return {key: plain(entry) for key, entry in value.items()}
         return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
-    return plain(dataclasses.asdict(recipe))
+    tree: dict[str, Any] = plain(dataclasses.asdict(recipe))
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
@@ -100,7 +101,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
     node[leaf] = value
 
 
-def _build(cls: type, tree: Any, prefix: str, problems: list[str]) -> Any:
+def _build(cls: type[Any], tree: Any, prefix: str, problems: list[str]) -> Any:
     """One dataclass from one mapping; what is wrong goes to ``problems``, then None is returned."""
     if not isinstance(tree, dict):
         problems.append(f"{prefix.rstrip('.') or 'the recipe'} must be a section of keys, not {tree!r}")
@@ -138,7 +139,8 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
             return value
         near = difflib.get_close_matches(str(value), [str(arg) for arg in args], n=1)
         problems.append(
-            f"{key} is {value!r}, must be one of {', '.join(map(str, args))}" + (f"; did you mean {near[0]}?" if near else "")
+            f"{key} is {value!r}, must be one of {', '.join(map(str, args))}"
+            + (f"; did you mean {near[0]}?" if near else "")
         )
         return None
     if origin is tuple:
@@ -163,7 +165,9 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, key: str, problems: list[s
     if len(inner) != len(value):
         problems.append(f"{key} has {len(value)} entries, must have {len(inner)}")
         return None
-    return tuple(_convert(hint, entry, f"{key}[{i}]", problems) for i, (hint, entry) in enumerate(zip(inner, value, strict=True)))
+    return tuple(
+        _convert(hint, entry, f"{key}[{i}]", problems) for i, (hint, entry) in enumerate(zip(inner, value, strict=True))
+    )
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -58,7 +58,9 @@ class RunFolder:
                     + f"\nGive this one another name=..., or delete {self.path}."
                 )
         elif any(entry.name != self.logs.name for entry in self.path.iterdir()):
-            raise UserError(f"{self.path} is not empty and not a run: give this run another name=... or empty the folder")
+            raise UserError(
+                f"{self.path} is not empty and not a run: give this run another name=... or empty the folder"
+            )
         else:
             write_text(self.recipe_given_file, given)
         write_text(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))

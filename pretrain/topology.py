@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,7 @@ def data_parallel_size_of(recipe: Recipe, world_size: int) -> int:
     degree, asked = recipe.parallel.tensor_model_parallel_size, recipe.parallel.data_parallel_size
     if world_size % degree:
         raise RecipeError(
-            [f"parallel.tensor_model_parallel_size ({degree}) does not divide the {world_size} ranks that were started"],
+            [f"parallel.tensor_model_parallel_size ({degree}) does not divide the {world_size} started ranks"],
             f"the layout of {recipe.name}",
         )
     size = world_size // degree
@@ -169,7 +169,7 @@ class DeepSpeedGroups:
     DeepSpeed calls the tensor-parallel ranks of one replica "model parallel".
     """
 
-    _RENAMED = {
+    _RENAMED: ClassVar = {
         "get_model_parallel_rank": "get_tensor_model_parallel_rank",
         "get_model_parallel_world_size": "get_tensor_model_parallel_world_size",
         "get_model_parallel_group": "get_tensor_model_parallel_group",

@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pretrain.quiet import quiet_third_party  # noqa: E402
+from pretrain.quiet import quiet_third_party
 
 quiet_third_party()
 
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 lines of made-up words with a Zipf tail; the next word depends on the last, so there is something to learn."""
+    """600 lines of made-up words with a Zipf tail, in which the next word depends on the last."""
     draw = random.Random(7)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 8))) for _ in range(800)]

@@ -37,9 +37,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
-        outcomes = {
-            int(path.stem): pickle.loads(path.read_bytes()) for path in Path(folder).glob("*.pickle")
-        }
+        outcomes = {int(path.stem): pickle.loads(path.read_bytes()) for path in Path(folder).glob("*.pickle")}
     errors = [text for kind, text in outcomes.values() if kind == "error"]
     if errors:
         raise AssertionError("\n".join(errors))
@@ -53,7 +51,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     try:
         dist.init_process_group(
             "gloo",

@@ -79,7 +79,9 @@ def test_what_does_not_divide(write_recipe, capfd, tmp_path, overrides, part):
 
 def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
     policy = tmp_path / "mine.json"
-    policy.write_text(json.dumps({"gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}))
+    policy.write_text(
+        json.dumps({"gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    )
     message = refused(capfd, "train", write_recipe(), f"parallel.sharding={policy}")
     assert f"{policy} has gradient_clipping = 0.5, the recipe says 1.0" in message
     assert "bf16.enabled = True, the recipe says False" in message
@@ -110,9 +112,7 @@ def test_corpus(write_recipe, capfd, tmp_path, make, part):
     if make is not None:
         text.write_bytes(make)
     folder = tmp_path / "data"
-    message = refused(
-        capfd, "prepare", write_recipe(), f"data.corpus.train=[{text}]", f"data.folder={folder}"
-    )
+    message = refused(capfd, "prepare", write_recipe(), f"data.corpus.train=[{text}]", f"data.folder={folder}")
     assert part in message and str(text) in message
     assert not (folder / "manifest.json").exists() and not list(folder.glob("train.*"))
 

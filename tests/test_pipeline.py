@@ -90,9 +90,10 @@ def test_generate(runs):
     assert first == pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--max-new-tokens", "5").stdout
     with_noise = ["generate", str(runs / "mle"), "--prompt", "abc", "--max-new-tokens", "20", "--temperature", "2"]
     assert pretrain(*with_noise).stdout.startswith("abc")
-    assert "no checkpoint of step 5; there are: 6" in pretrain(
-        "generate", str(runs / "agg"), "--prompt", "abc", "--checkpoint", "5", code=2
-    ).stderr
+    assert (
+        "no checkpoint of step 5; there are: 6"
+        in pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--checkpoint", "5", code=2).stderr
+    )
 
 
 def test_terminal_is_ours(runs, tmp_path):

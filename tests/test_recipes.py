@@ -31,8 +31,9 @@ def test_shipped_recipe_is_whole(name):
     recipe = load_recipe(name)
     size = data_parallel_size_of(recipe, recipe.local_world_size)
     config = policies.deepspeed_config(recipe, size)
-    assert config["train_batch_size"] == config["train_micro_batch_size_per_gpu"] * size * (
-        config["gradient_accumulation_steps"]
+    assert (
+        config["train_batch_size"]
+        == config["train_micro_batch_size_per_gpu"] * size * (config["gradient_accumulation_steps"])
     )
     assert recipe_from_dict(recipe_to_dict(recipe), name) == recipe
 

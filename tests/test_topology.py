@@ -42,7 +42,7 @@ def test_place_that_is_none(environment, message):
 def test_layouts(prepared_recipe):
     recipe = change(prepared_recipe, parallel={"tensor_model_parallel_size": 2})
     assert data_parallel_size_of(recipe, 4) == 2
-    with pytest.raises(RecipeError, match="does not divide the 3 ranks"):
+    with pytest.raises(RecipeError, match="does not divide the 3 started ranks"):
         data_parallel_size_of(recipe, 3)
     with pytest.raises(RecipeError, match="needs 4 ranks, but 2 were started"):
         data_parallel_size_of(change(recipe, parallel={"data_parallel_size": 2}), 2)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from pretrain import __version__
 from pretrain.errors import UserError
-from pretrain.files import write_text, write_json
+from pretrain.files import write_json, write_text
 from pretrain.topology import Topology
 
 FORMAT = 1
@@ -63,7 +63,9 @@ def check_whole(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a whole checkpoint: its MANIFEST.json cannot be read ({error})") from error
+        raise UserError(
+            f"{checkpoint} is not a whole checkpoint: its MANIFEST.json cannot be read ({error})"
+        ) from error
     for name, size in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():

@@ -36,7 +36,7 @@ def documents(corpus: CorpusRecipe, split: Split) -> Iterator[str]:
         return
     count = 0
     for text in _candidates(corpus, split):
-        if _names(corpus, split) and split != "train" or split_of_text(text, corpus) == split:
+        if (_names(corpus, split) and split != "train") or split_of_text(text, corpus) == split:
             count += 1
             yield text
     if not count:

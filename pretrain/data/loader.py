@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.files import folder_lock
 from pretrain.data.prepare import PreparedData
 from pretrain.errors import UserError
+from pretrain.files import folder_lock
 from pretrain.recipe import Recipe
 
 with warnings.catch_warnings():
@@ -60,9 +60,7 @@ def training_dataset(prepared: PreparedData, recipe: Recipe) -> Any:
     cache = prepared.folder / "index_cache" / _cache_key(prepared, length, recipe.seed, samples)
     if not dist.is_initialized() or dist.get_rank() == 0:
         _write_index(prepared, cache, _config(prepared, recipe, cache), samples)
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, [samples, 0, 0], lambda: True, _config(prepared, recipe, cache)
-    )
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, _config(prepared, recipe, cache))
     train, _, _ = builder.build()
     return train
 

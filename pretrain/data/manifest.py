@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import write_json
 from pretrain.errors import UserError
+from pretrain.files import write_json
 from pretrain.recipe import DataRecipe
 from pretrain.recipe_io import recipe_to_dict
 

@@ -24,11 +24,11 @@ import numpy as np
 from pretrain.console import bar, say
 from pretrain.data import embedded
 from pretrain.data.corpus import SPLITS, Split, documents, source_files
-from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
 from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
 from pretrain.data.shards import count_tokens, open_pool, shard_paths, update_text_hash, write_split
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines
 from pretrain.errors import UserError
+from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
 from pretrain.recipe import DataRecipe, Recipe
 
 TOKENIZER_NAME = "tokenizer.model"
@@ -140,9 +140,7 @@ class _Preparation:
                 corpus = embedded.collect(self.data.prepare_processes, show=True)
                 write_json(self.folder / PROVENANCE_NAME, corpus.provenance)
             tokenizer, train_documents = self._tokenizer()
-            splits: dict[str, SplitManifest] = {
-                split: self._split(split, train_documents, pool) for split in SPLITS
-            }
+            splits: dict[str, SplitManifest] = {split: self._split(split, train_documents, pool) for split in SPLITS}
         counts = count_tokens(self.folder / "train", tokenizer.vocab_size)
         with replacing(self.folder / COUNTS_NAME) as temporary, temporary.open("wb") as file:
             np.save(file, counts)

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.files import file_sha256, replacing, write_json
 from pretrain.data.manifest import SplitManifest
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.files import file_sha256, replacing, write_json
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

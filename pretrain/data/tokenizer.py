@@ -15,8 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from pretrain.files import write_bytes
 from pretrain.errors import UserError
+from pretrain.files import write_bytes
 from pretrain.recipe import TokenizerRecipe
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3

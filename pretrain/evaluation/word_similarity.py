@@ -29,8 +29,11 @@ class WordPair:
 
 
 class Similarity(TypedDict):
-    """spearman in [-1, 1], None where it is undefined because all cosines or all scores are equal;
-    coverage: share of the pairs of which every sub-token occurs in the training data, None where counts are not given."""
+    """What one file gives.
+
+    spearman: in [-1, 1], None where it is undefined because all cosines or all scores are equal.
+    coverage: share of the pairs of which every sub-token occurs in the training data, None without counts.
+    """
 
     spearman: float | None
     pairs: int

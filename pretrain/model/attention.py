@@ -39,15 +39,15 @@ class ScaledDotProductAttention(MegatronModule):  # type: ignore[misc]
         self.softmax_scale = softmax_scale
         self.tensor_parallel_rank = pg_collection.tp.rank() if pg_collection is not None else 0
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """query [S, B, N, H], key and value [S, B, K, H] to [S, B, N * H]."""
         length, batch, heads, head_size = query.shape
         dropout = self.dropout if self.training else 0.0
         with _ranks_drop_differently(self.tensor_parallel_rank) if dropout else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
-                *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
                 dropout_p=dropout,
                 is_causal=True,
                 scale=self.softmax_scale,

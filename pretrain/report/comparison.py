@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.report.formatting import absent, compact, fixed, grouped, signed
+from pretrain.report.formatting import TIMES, absent, compact, fixed, grouped, signed
 from pretrain.report.run_records import RunRecord, look_up
 
 GROUPS = ("frequent", "medium", "rare", "total")
@@ -57,7 +57,7 @@ class Measure:
             return ""
         if not self.by_ratio:
             return signed(value - base)
-        return f"×{value / base:.2f}" if base > 0 else ""
+        return f"{TIMES}{value / base:.2f}" if base > 0 else ""
 
     def best(self, records: Sequence[RunRecord]) -> set[int]:
         """The runs with the best number as it is shown; none where all show the same or fewer than two have one."""
@@ -73,7 +73,7 @@ def measures(records: Sequence[RunRecord]) -> list[Measure]:
     """All rows, those of the word similarity sets that any run was measured on included."""
     perplexity, unique = "Perplexity", "Distinct tokens predicted"
     shape, other = "Shape of the output embedding", "Word similarity, Spearman"
-    words = {"total": "total perplexity", "rare": "perplexity of rare tokens", "frequent": "perplexity of frequent tokens"}
+    words = {name: f"perplexity of {name} tokens" for name in ("rare", "frequent")} | {"total": "total perplexity"}
     rows = [
         Measure(perplexity, f"{name} tokens" if name != "total" else "total", ("perplexity", name), "lower", compact,
                 in_words=words.get(name, ""))
@@ -94,11 +94,11 @@ def measures(records: Sequence[RunRecord]) -> list[Measure]:
         Measure(shape, "share of the strongest direction", ("top_singular_share",), "lower", fixed, by_ratio=False),
         Measure(shape, "mean row norm", ("mean_row_norm",), None, fixed),
     ]
-    names = sorted({name for record in records for name in record.evaluation["word_similarity"]})
+    names = sorted({name for record in records for name in record.evaluation["word_similarity"] or {}})
     rows += [
         Measure(other, name, ("word_similarity", name, "spearman"), "higher", fixed, by_ratio=False) for name in names
     ]
-    return [*rows, Measure("Speed", "tokens per second", ("training", "tokens_per_second"), "higher", compact,
+    return [*rows, Measure("Speed", "tokens per second", ("training", "tokens_per_second"), "higher", grouped,
                            in_words="tokens per second")]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
     if any(record.evaluation["tokens"] != first["tokens"] for record in records):
         found.append("The runs were not trained on the same number of tokens.")
     if not _same_machine(records):
-        found.append("The runs had different hardware, layouts or precisions: their tokens per second cannot be compared.")
+        found.append("Hardware, layout or precision of the runs differ: their tokens per second cannot be compared.")
     if len(records) > 1:
         found.append("Each column is one run with one seed; a difference of a percent can be chance.")
     return found
@@ -133,7 +133,9 @@ def _same_machine(records: Sequence[RunRecord]) -> bool:
 
 
 def _against(record: RunRecord, first: RunRecord) -> str:
-    better, worse, same = [], [], []
+    better: list[str] = []
+    worse: list[str] = []
+    same: list[str] = []
     for measure in measures([record, first]):
         value, base = measure.value(record), measure.value(first)
         if not measure.in_words or value is None or base is None:
@@ -172,7 +174,8 @@ def _human_text(record: RunRecord) -> str:
 def _one_run(record: RunRecord) -> str:
     evaluation = record.evaluation
     rare, frequent, total = (look_up(evaluation, ("perplexity", name)) for name in ("rare", "frequent", "total"))
-    parts = [f"{record.name} reaches a total perplexity of {absent(total, compact)} on the {evaluation['split']} split."]
+    reached = absent(total, compact)
+    parts = [f"{record.name} reaches a total perplexity of {reached} on the {evaluation['split']} split."]
     if rare and frequent and math.isfinite(rare / frequent):
         parts.append(
             f"On rare tokens it is {compact(rare)}, {compact(rare / frequent)} times that on frequent ones "
@@ -180,7 +183,7 @@ def _one_run(record: RunRecord) -> str:
         )
     parts.append(_human_text(record))
     parts.append(
-        f"The isotropy of the output embedding is {fixed(evaluation['isotropy'])} (1 is a round cloud, 0 a narrow cone), "
+        f"The isotropy of the output embedding is {fixed(evaluation['isotropy'])} (1: round cloud, 0: narrow cone), "
         f"and two rows have a mean cosine of {fixed(evaluation['mean_cosine'])} (0 in a round cloud)."
     )
     return " ".join(part for part in parts if part)

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,8 +17,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pretrain.report.formatting import tick
 from pretrain.report.run_records import RunRecord
-
-P = ParamSpec("P")
 
 DOTS_PER_INCH = 160
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e4e4e4"
@@ -62,13 +60,13 @@ STYLE = {
 }
 
 
-def styled(draw: Callable[Concatenate[Sequence[RunRecord], P], Figure]) -> Callable[Concatenate[Sequence[RunRecord], P], Figure]:
+def styled(draw: Callable[[Sequence[RunRecord]], Figure]) -> Callable[[Sequence[RunRecord]], Figure]:
     """Draw under :data:`STYLE`; what the process has set for its own figures is left as it was."""
 
     @functools.wraps(draw)
-    def wrapper(records: Sequence[RunRecord], *args: P.args, **kwargs: P.kwargs) -> Figure:
+    def wrapper(records: Sequence[RunRecord]) -> Figure:
         with matplotlib.rc_context({"figure.dpi": DOTS_PER_INCH, **STYLE}):
-            figure = draw(records, *args, **kwargs)
+            figure = draw(records)
             FigureCanvasAgg(figure).draw()  # ticks are made when drawn: make them in this style
         return figure
 
@@ -94,10 +92,12 @@ def short(name: str, length: int = LEGEND_NAME) -> str:
 def run_legend(figure: Figure, records: Sequence[RunRecord]) -> None:
     """Names and colours above all panels, where they cover nothing."""
     handles = [Line2D([], [], color=colour(i), linewidth=3.0) for i in range(len(records))]
-    columns = max(1, min(len(records), int(figure.get_figwidth() * 11 / (max(len(short(r.name)) for r in records) + 6))))
+    names = [short(record.name) for record in records]
+    fitting = int(figure.get_figwidth() * 11 / (max(map(len, names)) + 6))  # about 11 characters an inch
+    columns = max(1, min(len(records), fitting))
     figure.legend(
         handles,
-        [short(record.name) for record in records],
+        names,
         loc="outside upper left",
         ncols=columns,
         handlelength=1.4,
@@ -110,7 +110,7 @@ def token_axis(axes: Axes) -> None:
     """Trained tokens as K, M and B."""
     axes.set_xlabel("tokens trained on")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -30,7 +31,7 @@ from pretrain.report.figure_style import (
 )
 from pretrain.report.run_records import Floats, RunRecord
 
-SMOOTHING = 0.04  # of the logged points: the memory of the smoothed loss
+SMOOTHING = 0.02  # of the logged points: how far to each side the smoothed loss looks
 MOST_POINTS = 20_000  # drawn of one run's projection
 FREQUENCY_BINS = 12
 
@@ -73,7 +74,10 @@ def training_figure(records: Sequence[RunRecord]) -> Figure:
 def geometry_figure(records: Sequence[RunRecord]) -> Figure:
     """Isotropy and mean cosine while training."""
     figure = Figure(figsize=(9.6, 3.6))
-    panels = (("isotropy", "Isotropy I(W): 1 is a round cloud"), ("mean_cosine", "Mean cosine of two rows: 0 in a round cloud"))
+    panels = (
+        ("isotropy", "Isotropy I(W): 1 is a round cloud"),
+        ("mean_cosine", "Mean cosine of two rows: 0 in a round cloud"),
+    )
     for axes, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
         low = 0.0
         for i, record in enumerate(records):
@@ -99,7 +103,8 @@ def spectrum_figure(records: Sequence[RunRecord]) -> Figure:
     for i, record in enumerate(records):
         values = record.arrays["singular_values"]
         share = values[values > 1e-7 * values[0]] / values[0]
-        axes.plot(np.arange(1, len(share) + 1), share, color=colour(i))
+        place = np.arange(1, len(share) + 1)
+        axes.plot(place, share, color=colour(i), marker=marker(i), markersize=4, markevery=slice(8))
         longest = max(longest, len(values))
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -150,8 +155,8 @@ def norm_figure(records: Sequence[RunRecord]) -> Figure:
         never = norms[counts == 0]
         if len(never):
             low, middle, high = np.quantile(never, (0.1, 0.5, 0.9))
-            unseen.errorbar(i, middle, [[middle - low], [high - middle]], color=colour(i), marker=marker(i), markersize=6,
-                            linewidth=1.8, capsize=3.5)  # fmt: skip
+            spread = [[middle - low], [high - middle]]
+            unseen.errorbar(i, middle, spread, color=colour(i), marker=marker(i), markersize=6, capsize=3.5)
         centres, bands = _quantiles_by_count(counts[counts > 0], norms[counts > 0])
         axes.fill_between(centres, bands[:, 0], bands[:, 2], color=colour(i), alpha=0.17, linewidth=0)
         axes.plot(centres, bands[:, 1], color=colour(i), marker=marker(i), markersize=4)
@@ -172,19 +177,20 @@ def norm_figure(records: Sequence[RunRecord]) -> Figure:
 def projection_figure(records: Sequence[RunRecord]) -> Figure:
     """All rows on their two strongest directions, one panel a run, in units of the run's mean row norm."""
     columns = min(len(records), 3)
-    height = math.ceil(len(records) / columns)
-    figure = Figure(figsize=(9.6 if columns > 1 else 5.6, 0.6 + height * (4.5 if columns < 3 else 3.4)))
-    panels = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flat
+    lines = math.ceil(len(records) / columns)
     clouds = [record.arrays["projection"] / max(float(record.arrays["row_norms"].mean()), 1e-30) for record in records]
     limits = _limits(clouds)
+    shape = (limits[1][1] - limits[1][0]) / (limits[0][1] - limits[0][0])
+    figure = Figure(figsize=(9.6, 0.5 + lines * (0.5 + min(shape, 1.5) * 7.8 / columns)))
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
     most = max(2.0, *(float(record.arrays["token_counts"].max()) for record in records))
-    norm, dots = LogNorm(1, most), None
-    for i, (record, cloud, axes) in enumerate(zip(records, clouds, panels)):
+    norm = LogNorm(1, most)
+    for i, (record, cloud, axes) in enumerate(zip(records, clouds, panels, strict=False)):
         counts = record.arrays["token_counts"]
         order = np.random.default_rng(0).permutation(len(counts))[:MOST_POINTS]  # no group is drawn over another
         seen, never = order[counts[order] > 0], order[counts[order] == 0]
         axes.scatter(*cloud[never].T, s=4, color="#c4c4c4", linewidths=0, rasterized=True)
-        dots = axes.scatter(*cloud[seen].T, s=5, c=counts[seen], cmap="plasma", norm=norm, linewidths=0, alpha=0.75)
+        axes.scatter(*cloud[seen].T, s=5, c=counts[seen], cmap="plasma", norm=norm, linewidths=0, alpha=0.75)
         axes.axhline(0, color=FAINT, linewidth=0.7, zorder=1)
         axes.axvline(0, color=FAINT, linewidth=0.7, zorder=1)
         axes.plot(0, 0, marker="+", color="black", markersize=13, markeredgewidth=2.0, zorder=5)
@@ -198,8 +204,8 @@ def projection_figure(records: Sequence[RunRecord]) -> Figure:
         axes.tick_params(labelbottom=i + columns >= len(records))
     for axes in panels:  # places of the grid without a run
         axes.remove()
-    bar = figure.colorbar(dots, ax=figure.axes, shrink=0.8, pad=0.02, aspect=28)
-    bar.set_label("occurrences in the training data (grey: none)")
+    bar = figure.colorbar(ScalarMappable(norm, "plasma"), ax=figure.axes, pad=0.02, aspect=28)
+    bar.set_label("occurrences in training (grey: none)")
     bar.outline.set_visible(False)
     compact_ticks(bar.ax.yaxis)
     return figure
@@ -218,8 +224,8 @@ class FigureOfReport:
 FIGURES = (
     FigureOfReport(
         "training", training_figure, True,
-        "Left: training loss (smoothed; as logged in the background) with validation. The first steps lie above the frame. "
-        "Right: the two ends of the vocabulary. Frequent tokens are learnt early; look at how far above them "
+        "Left: training loss (smoothed; as logged in the background) with validation. The first steps lie above the "
+        "frame. Right: the two ends of the vocabulary. Frequent tokens are learnt early; look at how far above them "
         "the line of rare tokens stays, and whether it still falls at the end.",
     ),
     FigureOfReport(
@@ -229,17 +235,19 @@ FIGURES = (
     ),
     FigureOfReport(
         "projection", projection_figure, True,
-        "Every row of the output embedding on its two strongest directions, with the same limits in all panels. The cross marks "
-        "the origin. A round cloud lies around the origin with all colours mixed; a cloud beside it is the narrow cone, "
-        "and where the dark (rare) points lie together, the model can hardly tell rare tokens apart.",
+        "Every row of the output embedding on its two strongest directions, with the same limits in all panels. "
+        "The cross marks the origin. A round cloud lies around the origin with all colours mixed; a cloud beside it is "
+        "the narrow cone, and where the dark (rare) points lie together, the model can hardly tell rare tokens apart.",
     ),
     FigureOfReport(
         "spectrum", spectrum_figure, False,
-        "A flat line uses all directions alike. A cliff after the first value means that one common direction holds the embedding.",
+        "A flat line uses all directions alike. A cliff after the first value means that one common direction "
+        "holds the embedding.",
     ),
     FigureOfReport(
         "cosines", cosine_figure, False,
-        "In a round cloud two rows are nearly orthogonal: a narrow peak at 0. A peak to the right of 0 is the narrow cone.",
+        "In a round cloud two rows are nearly orthogonal: a narrow peak at 0. "
+        "A peak to the right of 0 is the narrow cone.",
     ),
     FigureOfReport(
         "norms", norm_figure, True,
@@ -250,12 +258,11 @@ FIGURES = (
 
 
 def _smooth(values: Floats) -> Floats:
-    """Exponential moving average with the bias of its start taken out."""
-    keep = 1 - 1 / max(1.0, SMOOTHING * len(values))
-    smooth, mean, weight = np.empty_like(values), 0.0, 0.0
-    for i, value in enumerate(values):
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth[i] = mean / weight
+    """Centred moving average, narrower towards both ends: a falling curve is not shifted to the right."""
+    place = np.arange(len(values))
+    reach = np.minimum(math.ceil(SMOOTHING * len(values)), np.minimum(place, place[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    smooth: Floats = (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)
     return smooth
 
 
@@ -281,11 +288,13 @@ def _quantiles_by_count(counts: npt.NDArray[np.int64], norms: Floats) -> tuple[F
 
 
 def _limits(clouds: Sequence[Floats]) -> list[tuple[float, float]]:
-    """Of both axes: all clouds but their outermost thousandth, the origin, and a margin."""
+    """Of both axes: all clouds but their outermost thousandth, the origin, and a margin; never a thin strip."""
     limits = []
     for axis in (0, 1):
         ends = [np.quantile(cloud[:, axis], (0.001, 0.999)) for cloud in clouds]
         low, high = min(0.0, *(end[0] for end in ends)), max(0.0, *(end[1] for end in ends))
         margin = 0.06 * (high - low) + 1e-9
         limits.append((low - margin, high + margin))
-    return limits
+    (left, right), (low, high) = limits
+    missing = max(0.0, 0.55 * (right - left) - (high - low)) / 2
+    return [(left, right), (low - missing, high + missing)]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-ABSENT = "–"
+TIMES, MINUS = "\u00d7", "\u2212"
+ABSENT = "\u2013"
 
 
 def compact(value: float) -> str:
-    """Three digits and a suffix: 8.14, 98.2, 1.2K, 29.2K, 4.1M."""
+    """About three digits and a suffix: 8.14, 98.2, 101.3, 1.24K, 29.2K, 4.10M."""
     if not math.isfinite(value):
-        return "inf" if value > 0 else str(value)
-    for limit, suffix in ((999_950_000, "B"), (999_950, "M"), (999.95, "K")):
-        if abs(value) >= limit:
-            scale = {"B": 1e9, "M": 1e6, "K": 1e3}[suffix]
-            return f"{value / scale:.1f}{suffix}"
-    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}"
+        return str(value)
+    for scale, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K"), (1.0, "")):
+        scaled = value / scale
+        if abs(scaled) >= 0.99995 or scale == 1:
+            return f"{scaled:.{2 if abs(scaled) < 9.995 else 1}f}{suffix}"
+    raise AssertionError("the last scale takes every number")
 
 
 def tick(value: float) -> str:
@@ -40,8 +41,8 @@ def fixed(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference: +0.012, −0.510."""
-    return f"{'−' if value < 0 else '+'}{abs(value):.3f}"
+    """A difference with its sign: +0.012."""
+    return f"{MINUS if value < 0 else '+'}{abs(value):.3f}"
 
 
 def duration(seconds: float) -> str:

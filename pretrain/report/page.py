@@ -15,13 +15,14 @@ from jinja2 import Environment, StrictUndefined
 from pretrain.report.comparison import Measure, caveats, findings, measures
 from pretrain.report.figure_style import colour, save_png, short
 from pretrain.report.figures import FIGURES
-from pretrain.report.formatting import ABSENT, absent, compact, duration, grouped
+from pretrain.report.formatting import ABSENT, TIMES, absent, compact, duration, grouped
 from pretrain.report.run_records import RunRecord, look_up, read_runs
 from pretrain.report.template import PAGE
 
 TERMINAL_WIDTH = 100
 TERMINAL_ROWS = (
-    "perplexity", "unique_tokens", ("isotropy",), ("seen_rows", "isotropy"), ("mean_cosine",), ("training", "tokens_per_second")
+    "perplexity", "unique_tokens", ("isotropy",), ("seen_rows", "isotropy"), ("mean_cosine",),
+    ("training", "tokens_per_second"),
 )  # fmt: skip
 
 
@@ -90,7 +91,8 @@ def summary_table(records: Sequence[RunRecord]) -> str:
         block = records[first : first + per_block]
         head = "".join(f"  {short(record.name, column):>{column}}" for record in block)
         width = label_width + len(head) + 2 + human_width
-        lines += ["" for _ in range(bool(lines))] + [f"{'':{label_width}}{head}  {'human text':>{human_width}}", "-" * width]
+        lines += [""] if lines else []
+        lines += [f"{'':{label_width}}{head}  {'human text':>{human_width}}", "-" * width]
         for label, row, text in zip(labels, rows, human, strict=True):
             cells = "".join(f"  {row.text(record):>{column}}" for record in block)
             lines.append(f"{label:{label_width}}{cells}  {text:>{human_width}}".rstrip())
@@ -117,13 +119,12 @@ def _sections(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
         for row in rows:
             best = row.best(records)
             cells = [
-                {"text": row.text(record), "best": i in best, "change": row.change(record, records[0]) if i else ""}
+                {"text": row.text(record), "best": i in best, "change": row.change(record, records[0])}
                 for i, record in enumerate(records)
             ]
             shown.append(
                 {"label": row.label, "arrow": row.arrow, "cells": cells, "human": _human_text(row, records[0])}
             )
-        # not "items" or "values": Jinja would find the methods of dict
         sections.append({"name": name, "rows": shown})
     return sections
 
@@ -148,12 +149,15 @@ def _facts_of(record: RunRecord) -> dict[str, str]:
     def recipe(*path: str) -> Any:
         return look_up(record.recipe, path)
 
+    def setting(key: str) -> Any:
+        return training.get(key, "?")
+
     versions = training.get("versions") or {}
     tokens_per_step = (recipe("batch", "global_batch_size") or 0) * (recipe("model", "sequence_length") or 0)
     return {
         "method": _method(record),
         "corpus": f"{recipe('data', 'folder') or ABSENT} ({recipe('data', 'corpus', 'source') or 'unknown source'})",
-        "model": f"{recipe('model', 'style') or 'model'}, {recipe('model', 'num_layers')} layers × "
+        "model": f"{recipe('model', 'style') or 'model'}, {recipe('model', 'num_layers')} layers {TIMES} "
         f"{recipe('model', 'hidden_size')}, {recipe('model', 'num_attention_heads')} heads, "
         f"sequences of {recipe('model', 'sequence_length')}",
         "vocabulary": f"{grouped(len(record.arrays['token_counts']))} ids, "
@@ -162,9 +166,8 @@ def _facts_of(record: RunRecord) -> dict[str, str]:
         f"{compact(evaluation['parameters_without_embeddings'])} without embeddings",
         "trained on": f"{compact(evaluation['tokens'])} tokens, {grouped(evaluation['checkpoint_step'])} steps"
         + (f" of {grouped(tokens_per_step)}" if tokens_per_step else ""),
-        "layout": f"{training.get('world_size', '?')} ranks: tensor parallel {training.get('tensor_model_parallel_size', '?')} × "
-        f"data parallel {training.get('data_parallel_size', '?')}, {training.get('sharding', '?')}, "
-        f"{training.get('precision', '?')}",
+        "layout": f"{setting('world_size')} ranks: tensor parallel {setting('tensor_model_parallel_size')} {TIMES} "
+        f"data parallel {setting('data_parallel_size')}, {setting('sharding')}, {setting('precision')}",
         "hardware": str(training.get("hardware") or ABSENT),
         "time": absent(training.get("seconds"), duration),
         "seed": str(ABSENT if recipe("seed") is None else recipe("seed")),

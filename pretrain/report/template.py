@@ -20,9 +20,11 @@ PAGE = """<!DOCTYPE html>
   th, td { padding: .32rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
   th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
   thead th { border-bottom: 2px solid var(--ink); overflow-wrap: anywhere; }
-  tr.section th { text-align: left; padding-top: 1.1rem; font-size: .8rem; letter-spacing: .04em; text-transform: uppercase;
-                  color: var(--soft); border-bottom-color: var(--ink); }
+  tr.section th { text-align: left; padding-top: 1.1rem; font-size: .8rem;
+                  letter-spacing: .04em; text-transform: uppercase; color: var(--soft);
+                  border-bottom-color: var(--ink); }
   td.best { font-weight: 700; }
+  thead th.changing { padding-right: 5.2rem; }
   td .change { display: inline-block; min-width: 4.2rem; margin-left: .3rem; color: var(--soft); font-weight: 400;
                font-size: .84em; white-space: nowrap; }
   .arrow { color: var(--soft); white-space: nowrap; padding-left: .35rem; }
@@ -35,8 +37,8 @@ PAGE = """<!DOCTYPE html>
   figure img { width: 100%; height: auto; display: block; }
   figcaption { font-size: .88rem; color: var(--soft); line-height: 1.45; margin-top: .35rem; max-width: 95ch; }
   ul { padding-left: 1.2rem; max-width: 78ch; }
-  pre { background: var(--wash); border: 1px solid var(--line); border-radius: 4px; padding: .8rem 1rem; font-size: .8rem;
-        line-height: 1.4; overflow-x: auto; }
+  pre { background: var(--wash); border: 1px solid var(--line); border-radius: 4px; padding: .8rem 1rem;
+        font-size: .8rem; line-height: 1.4; overflow-x: auto; }
   summary { cursor: pointer; margin: .6rem 0; overflow-wrap: anywhere; }
   @media (max-width: 700px) { .figures { grid-template-columns: 1fr; } }
   @media print {
@@ -60,19 +62,22 @@ PAGE = """<!DOCTYPE html>
 
 <h2>Numbers</h2>
 <p class="soft">↓ lower is better, ↑ higher is better, → 0 nearer to zero is better.
-{% if runs|length > 1 %}The best of a row is bold; small: the ratio (×) to {{ runs[0].name }}, or the difference from it (+, −).{% endif %}
+{% if runs|length > 1 %}The best of a row is bold;
+small: the ratio (&times;) to {{ runs[0].name }}, or the difference from it (+, &minus;).{% endif %}
 Rare tokens are the last 20&nbsp;% of the vocabulary sorted by how often each occurs in the training data,
-frequent ones the first 30&nbsp;%. Tokens are predicted with the text before them given; “human text” is what that text holds.</p>
+frequent ones the first 30&nbsp;%. Tokens are predicted with the text before them given; “human text” is
+what that text holds.</p>
 <div class="scroll">
 <table class="numbers">
-<thead><tr><th></th>{% for run in runs %}<th><span class="swatch" style="background:{{ run.colour }}"></span>{{ run.name }}</th>{% endfor %}
+<thead><tr><th></th>{% for run in runs %}<th{% if not loop.first %} class="changing"{% endif %}>
+<span class="swatch" style="background:{{ run.colour }}"></span>{{ run.name }}</th>{% endfor %}
 <th>human text</th></tr></thead>
 <tbody>
 {% for section in sections %}
 <tr class="section"><th colspan="{{ runs|length + 2 }}">{{ section.name }}</th></tr>
 {% for row in section.rows %}<tr><td>{{ row.label }}<span class="arrow">{{ row.arrow }}</span></td>
 {%- for cell in row.cells %}<td{% if cell.best %} class="best"{% endif %}>{{ cell.text }}
-{%- if runs|length > 1 %}<span class="change">{{ cell.change }}</span>{% endif %}</td>{% endfor -%}
+{%- if not loop.first %}<span class="change">{{ cell.change }}</span>{% endif %}</td>{% endfor -%}
 <td>{{ row.human }}</td></tr>
 {% endfor %}{% endfor %}
 </tbody>
@@ -91,7 +96,8 @@ frequent ones the first 30&nbsp;%. Tokens are predicted with the text before the
 <h2>What was run</h2>
 <div class="scroll">
 <table class="facts">
-<thead><tr><th></th>{% for run in runs %}<th><span class="swatch" style="background:{{ run.colour }}"></span>{{ run.name }}</th>{% endfor %}</tr></thead>
+<thead><tr><th></th>{% for run in runs %}<th>
+<span class="swatch" style="background:{{ run.colour }}"></span>{{ run.name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for label, values in facts %}<tr><th>{{ label }}</th>{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
@@ -106,7 +112,8 @@ python -m pretrain train recipe.yaml
 {% for run in runs %}python -m pretrain evaluate {{ run.command_folder }}
 {% endfor %}python -m pretrain report{% for run in runs %} {{ run.command_folder }}{% endfor %}
 </pre>
-{% for run in runs %}<details{% if runs|length == 1 %} open{% endif %}><summary>Recipe of {{ run.name }}, all values</summary>
+{% for run in runs %}<details{% if runs|length == 1 %} open{% endif %}>
+<summary>Recipe of {{ run.name }}, all values</summary>
 <pre>{{ run.recipe }}</pre></details>
 {% endfor %}
 </body>

@@ -38,9 +38,7 @@ def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -
     run = build_run(recipe, topology)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
-        run.progress = load_checkpoint(
-            run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity
-        )
+        run.progress = load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
     dataset = training_dataset(run.prepared, recipe)
     batches = TrainingBatches(
         dataset,
@@ -65,16 +63,16 @@ def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -
     return run.progress
 
 
-def _run_steps(
-    run: Run, batches: TrainingBatches, writer: MetricsWriter | None, folder: RunFolder, last: int
-) -> None:
+def _run_steps(run: Run, batches: TrainingBatches, writer: MetricsWriter | None, folder: RunFolder, last: int) -> None:
     recipe, topology = run.recipe, run.topology
     clock = _Clock(run)
     steps = iter(batches)
     saved = run.progress.step
     with bar(last, "training", "step", show=topology.is_first, initial=run.progress.step) as progress_bar:
         while run.progress.step < last:
-            micro_batches = [(tokens.to(topology.device), targets.to(topology.device)) for tokens, targets in next(steps)]
+            micro_batches = [
+                (tokens.to(topology.device), targets.to(topology.device)) for tokens, targets in next(steps)
+            ]
             done = train_step(run, micro_batches)
             step = run.progress.step
             clock.count(done.tokens)

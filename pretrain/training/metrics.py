@@ -1,17 +1,17 @@
 """``metrics.jsonl``: one record a logged step. Units are in the names, and how each is reduced is said here.
 
-    step                  optimizer steps done
-    tokens                targets trained on so far, all ranks
-    loss                  nats per token, mean over the global batch of this step
-    learning_rate         of this step
-    grad_norm             global, before clipping
-    tokens_per_second     all ranks, mean since the last record
-    step_seconds          mean since the last record
-    mfu                   share of the devices' dense bf16 peak, where it is known
-    rare_fraction         share of the vocabulary whose gradient is gated in this step
-    isotropy, ...         of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
-    validation_loss       nats per token, mean over the valid split or its first sequences
-    validation_perplexity the same by frequency group
+step                  optimizer steps done
+tokens                targets trained on so far, all ranks
+loss                  nats per token, mean over the global batch of this step
+learning_rate         of this step
+grad_norm             global, before clipping
+tokens_per_second     all ranks, mean since the last record
+step_seconds          mean since the last record
+mfu                   share of the devices' dense bf16 peak, where it is known
+rare_fraction         share of the vocabulary whose gradient is gated in this step
+isotropy, ...         of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
+validation_loss       nats per token, mean over the valid split or its first sequences
+validation_perplexity the same by frequency group
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import numpy as np
-import random
-
 import torch
 
 from agg import VocabShard

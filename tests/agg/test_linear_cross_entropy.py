@@ -38,7 +38,9 @@ def assert_equal(got, expected, tolerance: float = 1e-12) -> None:
 def test_equals_the_papers_formula(reduction, label_smoothing, gated, chunk_tokens):
     problem = make_problem()
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
-    assert_equal(candidate(problem, gated, chunk_tokens=chunk_tokens, **options), dense_answer(problem, gated, **options))
+    assert_equal(
+        candidate(problem, gated, chunk_tokens=chunk_tokens, **options), dense_answer(problem, gated, **options)
+    )
 
 
 def test_the_problem_has_teeth():
@@ -57,9 +59,7 @@ def test_open_gates_equal_torch_cross_entropy():
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
     loss = F.cross_entropy(hidden @ weight[:507].T, problem.target)
     loss.backward()
-    assert_equal(
-        candidate(dataclasses.replace(problem, gates=open_gates)), (loss.detach(), hidden.grad, weight.grad)
-    )
+    assert_equal(candidate(dataclasses.replace(problem, gates=open_gates)), (loss.detach(), hidden.grad, weight.grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,14 +119,10 @@ def test_non_contiguous_and_frozen_inputs():
     problem = make_problem()
     _, hidden_grad, weight_grad = dense_answer(problem)
     hidden = problem.hidden.T.contiguous().T.requires_grad_()
-    gated_linear_cross_entropy(
-        hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1)
-    ).backward()
+    gated_linear_cross_entropy(hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1)).backward()
     assert torch.allclose(hidden.grad, hidden_grad, atol=1e-13)
     weight = problem.weight.T.contiguous().T.requires_grad_()
-    gated_linear_cross_entropy(
-        problem.hidden, weight, problem.target, problem.gates, problem.shard(0, 1)
-    ).backward()
+    gated_linear_cross_entropy(problem.hidden, weight, problem.target, problem.gates, problem.shard(0, 1)).backward()
     assert torch.allclose(weight.grad, weight_grad, atol=1e-13)
 
 

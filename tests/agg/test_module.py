@@ -21,7 +21,11 @@ def test_counts_then_gates_then_loss():
     frequency = TokenFrequency(shard, 4)
     frequency.update(problem.target)
     gates = rarity_gates(
-        frequency.appearances, tokens=frequency.tokens, alpha=0.3, reference_batch_tokens=64, shard=shard,
+        frequency.appearances,
+        tokens=frequency.tokens,
+        alpha=0.3,
+        reference_batch_tokens=64,
+        shard=shard,
         excluded_ids=(1,),
     )
     grads = []

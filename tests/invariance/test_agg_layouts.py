@@ -137,7 +137,7 @@ def save_then_continue(rank: int, world_size: int, saved, data_parallel: int, te
     targets = step_targets(12)
     if saved is not None:
         frequency.load_state_dict(saved if load_all else saved[rank])
-    for step in targets[: 6] if saved is None else targets[6:]:
+    for step in targets[:6] if saved is None else targets[6:]:
         frequency.update(step.chunk(data_parallel)[dist.get_rank(dp_group)])
     if saved is None:
         return frequency.state_dict()

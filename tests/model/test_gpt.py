@@ -44,9 +44,7 @@ def batch():
 
 
 def outputs(rank, world_size, recipe, model):
-    module, topology = build(
-        change(recipe, parallel={"tensor_model_parallel_size": world_size}), model
-    )
+    module, topology = build(change(recipe, parallel={"tensor_model_parallel_size": world_size}), model)
     tokens, targets = batch()
     loss = module(tokens, targets)
     loss.backward()
@@ -126,7 +124,9 @@ def recomputed(rank, world_size, recipe, checkpointing):
 
 def test_recomputation_gives_the_same_gradients_under_dropout(prepared_recipe):
     for plain, again in zip(
-        run_ranks(recomputed, 2, prepared_recipe, "none"), run_ranks(recomputed, 2, prepared_recipe, "full"), strict=True
+        run_ranks(recomputed, 2, prepared_recipe, "none"),
+        run_ranks(recomputed, 2, prepared_recipe, "full"),
+        strict=True,
     ):
         assert plain[0] == again[0] and torch.equal(plain[1], again[1])
 

@@ -1,0 +1,41 @@
+"""What the README shows runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_agg_alone(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    check = (
+        "import math, sys; assert math.isfinite(float(loss)) and loss_of.frequency.steps == 10\n"
+        "assert loss_of.current_gates().rare.any()\n"
+        "assert not {'pretrain', 'megatron', 'deepspeed'} & set(sys.modules)\n"
+    )
+    script = tmp_path / "example.py"
+    script.write_text(example + check, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_files_exist():
+    for name in [*re.findall(r"\]\(([^)h][^)]*)\)", TEXT), "slurm/train.sbatch", "slurm/launch.sh", "CHANGELOG.md"]:
+        assert (ROOT / name).exists(), name
+
+
+def test_own_corpus_commands_are_accepted(tmp_path, monkeypatch):
+    """The overrides of the README load, with the README's file names."""
+    from pretrain.recipe_io import load_recipe
+
+    block = TEXT[TEXT.index("## Your own corpus") : TEXT.index("Sources are")]
+    overrides = [part.strip("'") for part in re.findall(r"'[^']+'|\S+=\S+", block.split("pretrain train")[0])]
+    recipe = load_recipe("quickstart_agg", overrides)
+    assert recipe.data.corpus.train == ("texts/*.txt",) and str(recipe.run_folder) == "runs/mine"
