@@ -33,6 +33,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.training.engine import whole_output_embedding
+from pretrain.training.metrics import read_metrics
 from pretrain.training.setup import Run, build_run
 from pretrain.training.validation import measure_perplexity
 
@@ -88,7 +89,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, step: in
     write_bytes(folder.evaluation_arrays, _as_npz(arrays))
     write_json(folder.evaluation_file, evaluation)
     say(
-        f"{recipe.name}: step {run.progress.step:,}, test perplexity {evaluation['perplexity']['total']:,.1f}, "
+        f"{recipe.name}: step {run.progress.step:,}, test perplexity {grouped.perplexity()['total'] or math.nan:,.1f}, "
         f"isotropy {geometry['isotropy']:.3f}, mean cosine {geometry['mean_cosine']:.3f} in {folder.evaluation_file}"
     )
 
@@ -150,7 +151,7 @@ def _all_rows(run: Run, values: torch.Tensor) -> torch.Tensor:
 
 def _training_facts(run: Run, folder: RunFolder) -> dict[str, Any]:
     """How the run was trained, from its records and this machine."""
-    records = [json.loads(line) for line in folder.metrics_file.read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(folder.metrics_file)
     rates = [record["tokens_per_second"] for record in records]
     seconds, last_step = 0.0, 0
     for record in records:

@@ -98,8 +98,7 @@ def measures(records: Sequence[RunRecord]) -> list[Measure]:
     rows += [
         Measure(other, name, ("word_similarity", name, "spearman"), "higher", fixed, by_ratio=False) for name in names
     ]
-    return [*rows, Measure("Speed", "tokens per second", ("training", "tokens_per_second"), "higher", grouped,
-                           in_words="tokens per second")]  # fmt: skip
+    return [*rows, Measure("Speed", "tokens per second", ("training", "tokens_per_second"), None, grouped)]
 
 
 def findings(records: Sequence[RunRecord]) -> list[str]:
@@ -120,7 +119,12 @@ def caveats(records: Sequence[RunRecord]) -> list[str]:
         )
     if any(record.evaluation["tokens"] != first["tokens"] for record in records):
         found.append("The runs were not trained on the same number of tokens.")
-    if not _same_machine(records):
+    if len(records) > 1 and _same_machine(records):
+        found.append(
+            "Tokens per second are the medians of runs made one after another: what else the machine did is in them, "
+            "so they do not tell which method is faster."
+        )
+    elif not _same_machine(records):
         found.append("Hardware, layout or precision of the runs differ: their tokens per second cannot be compared.")
     if len(records) > 1:
         found.append("Each column is one run with one seed; a difference of a percent can be chance.")
@@ -139,8 +143,6 @@ def _against(record: RunRecord, first: RunRecord) -> str:
     for measure in measures([record, first]):
         value, base = measure.value(record), measure.value(first)
         if not measure.in_words or value is None or base is None:
-            continue
-        if measure.path[0] == "training" and not _same_machine([record, first]):
             continue
         text = f"{measure.in_words} ({measure.show(base)} to {measure.show(value)}{_percent(measure, value, base)})"
         if abs(value - base) < HARDLY * (abs(base) if measure.by_ratio else 1) or value == base:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import yaml
 
 from pretrain.errors import UserError
+from pretrain.training.metrics import read_metrics
 
 Floats = npt.NDArray[np.float64]
 
@@ -100,7 +101,7 @@ def _read_run(folder: Path, evaluation: dict[str, Any], name: str) -> RunRecord:
         name=name,
         recipe=recipe,
         recipe_text=recipe_text,
-        metrics=_read_metrics(folder / "metrics.jsonl"),
+        metrics=read_metrics(folder / "metrics.jsonl"),
         evaluation=evaluation,
         arrays=_read_arrays(folder / "evaluation.npz"),
     )
@@ -134,25 +135,6 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: run `python -m pretrain evaluate {folder}` again")
     return dict(tree)
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records by step. A resumed run repeats the steps after its checkpoint: the last record of a step counts."""
-    lines = _read_text(path).split("\n")
-    by_step: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: the run was stopped while it wrote
-                break
-            raise UserError(f"{path}:{number}: not a JSON record: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(f"{path}:{number}: not a JSON record with a whole-number step")
-        by_step[record["step"]] = record
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -21,6 +21,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import UserError
 from pretrain.files import write_text
 
 
@@ -61,6 +62,33 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records by step; of a step that was repeated, the last one.
+
+    Raises:
+        UserError: the file cannot be read, or a line of it is not a record. A torn last line, as a crash leaves it,
+            is passed over.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    by_step: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the run was stopped while it wrote
+                break
+            raise UserError(f"{path}:{number}: not a JSON record: {error.msg}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(f"{path}:{number}: not a JSON record with a whole-number step")
+        by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _step_of(line: str) -> float:

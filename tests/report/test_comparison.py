@@ -27,7 +27,7 @@ def test_the_better_way_of_each_number(tmp_path: Path) -> None:
     assert best["isotropy",] == {1}
     assert best["mean_cosine",] == {0}  # nearer to zero, not lower
     assert best["mean_row_norm",] == set()
-    assert best["training", "tokens_per_second"] == {0}
+    assert best["training", "tokens_per_second"] == set()  # the runs were not timed together
 
 
 def test_no_best_without_a_difference_that_shows(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_words_say_what_went_the_wrong_way(tmp_path: Path) -> None:
     assert "perplexity of rare tokens (29.2K to 10.3K, 64.7% lower)" in better
     assert "isotropy (0.167 to 0.853, 5.1 times as much)" in better
     assert "total perplexity (98.2 to 101.3, 3.2% higher)" in worse
-    assert "tokens per second (7,012 to 6,941, 1.0% lower)" in worse
+    assert "tokens per second" not in worse
     assert "86 distinct rare tokens where the text it reads uses 314" in text
 
 
@@ -65,7 +65,7 @@ def test_words_about_one_run(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
-    assert [text.split()[0] for text in caveats(two(tmp_path / "a"))] == ["Each"]
+    assert [text.split()[0] for text in caveats(two(tmp_path / "a"))] == ["Tokens", "Each"]
     training = {"tokens_per_second": 9000.0, "hardware": "another"}
     records = two(tmp_path / "b", target_tokens={"total": 5}, tokens=1, training=training)
     text = " ".join(caveats(records))
@@ -82,7 +82,7 @@ def test_the_table_of_the_terminal(tmp_path: Path) -> None:
     assert cells["perplexity, rare ↓"] == ["29.2K", "10.3K"]
     assert cells["distinct, rare ↑"] == ["34", "86", "314"]
     assert cells["isotropy, all rows ↑"] == ["0.167", "0.853"]
-    assert cells["tokens per second ↑"] == ["7,012", "6,941"]
+    assert cells["tokens per second"] == ["7,012", "6,941"]
 
 
 @pytest.mark.parametrize("runs", [1, 4, 7])
