@@ -1,5 +1,5 @@
 # Everything runs in .venv, with the versions of constraints.txt.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 SHELL := /bin/bash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pretrain.checkpointing.folder import checkpoint_name, choose_checkpoint, latest_checkpoint
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.quiet import quiet_third_party
@@ -30,9 +31,11 @@ def train(options: argparse.Namespace) -> int:
         given = find_recipe(options.recipe).read_text(encoding="utf-8") + "".join(
             f"# override: {override}\n" for override in options.overrides
         )
-        if RunFolder(recipe.run_folder).claim(recipe, given) and _is_done(recipe):
+        RunFolder(recipe.run_folder).claim(recipe, given)
+    if _is_done(recipe):  # every rank that a launcher started sees it
+        if place is None or place.rank == 0:
             say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
-            return 0
+        return 0
     if place is None and recipe.local_world_size > 1:
         return _run_ranks(["train", options.recipe, *options.overrides, *_stop_option(options)], recipe)
     from pretrain.training.loop import train as train_run
@@ -50,6 +53,10 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
     recipe = folder.saved_recipe()
+    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
+    if folder.is_evaluated(checkpoint):
+        say(f"{recipe.name}: {checkpoint.name} is evaluated already")
+        return 0
     quiet_third_party()
     if place_from_environment() is None and recipe.local_world_size > 1:
         step = [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
@@ -58,7 +65,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     topology = connect(recipe)
     try:
-        evaluate_run(folder, recipe, topology, options.checkpoint)
+        evaluate_run(folder, recipe, topology, checkpoint)
     finally:
         disconnect()
     return 0
@@ -67,6 +74,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
     recipe = folder.saved_recipe()
+    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
     if options.temperature < 0:
         raise UserError(f"--temperature is {options.temperature}, must not be negative")
     quiet_third_party()
@@ -79,9 +87,7 @@ def generate(options: argparse.Namespace) -> int:
 
     topology = connect(recipe)
     try:
-        text = generate_text(
-            folder, recipe, topology, options.prompt, options.max_new_tokens, options.temperature, options.checkpoint
-        )
+        text = generate_text(checkpoint, recipe, topology, options.prompt, options.max_new_tokens, options.temperature)
         if topology.is_first:
             say(text)
     finally:
@@ -110,8 +116,6 @@ def _check_before_start(recipe: Recipe, world_size: int) -> None:
 
 
 def _is_done(recipe: Recipe) -> bool:
-    from pretrain.checkpointing.checkpoint import checkpoint_name, latest_checkpoint
-
     latest = latest_checkpoint(RunFolder(recipe.run_folder).checkpoints)
     return latest is not None and latest.name == checkpoint_name(recipe.batch.train_steps)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pretrain.checkpointing.folder import checkpoint_name
 from pretrain.errors import UserError
 from pretrain.files import make_folder, write_text
 from pretrain.recipe import Recipe
@@ -15,6 +17,9 @@ from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
 # What may differ when a run goes on: it changes nothing that is trained.
 FREE_SECTIONS = ("checkpoint", "reporting", "output_root")
 FREE_KEYS = ("data.folder", "data.prepare_processes")
+
+
+EVALUATION_FORMAT = 1
 
 
 class RunFolder:
@@ -40,16 +45,15 @@ class RunFolder:
         """
         return recipe_from_dict(self._saved_tree(), str(self.recipe_file))
 
-    def claim(self, recipe: Recipe, given: str) -> bool:
-        """Make the folder this recipe's, or see that it is already. True if a run was there.
+    def claim(self, recipe: Recipe, given: str) -> None:
+        """Make the folder this recipe's, or see that it is already.
 
         Raises:
             UserError: another run is there, with the keys that differ; or the folder cannot be written.
         """
         make_folder(self.path)
         tree = recipe_to_dict(recipe)
-        there = self.recipe_file.exists()
-        if there:
+        if self.recipe_file.exists():
             differences = _differences(self._saved_tree(), tree)
             if differences:
                 raise UserError(
@@ -64,7 +68,15 @@ class RunFolder:
         else:
             write_text(self.recipe_given_file, given)
         write_text(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))
-        return there
+
+    def is_evaluated(self, checkpoint: Path) -> bool:
+        """Whether ``evaluation.json`` is of that checkpoint and this version."""
+        try:
+            evaluation = json.loads(self.evaluation_file.read_text(encoding="utf-8"))
+            same = checkpoint_name(evaluation["checkpoint_step"]) == checkpoint.name
+            return bool(same and evaluation["format"] == EVALUATION_FORMAT and self.evaluation_arrays.exists())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _saved_tree(self) -> dict[str, Any]:
         try:

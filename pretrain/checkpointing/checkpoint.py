@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain import __version__
+from pretrain.checkpointing.folder import check_whole, checkpoint_name
 from pretrain.errors import UserError
 from pretrain.files import write_json, write_text
 from pretrain.topology import Topology
@@ -34,46 +34,6 @@ class Progress:
     step: int  # optimizer steps done
     consumed_samples: int  # sequences of the training data set that were trained on
     consumed_tokens: int
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """What ``latest`` names; None if nothing was saved.
-
-    Raises:
-        UserError: ``latest`` names a checkpoint that is not there or not whole.
-    """
-    pointer = folder / "latest"
-    if not pointer.exists():
-        return None
-    checkpoint = folder / pointer.read_text(encoding="utf-8").strip()
-    check_whole(checkpoint)
-    return checkpoint
-
-
-def check_whole(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after every file it lists was found with its size.
-
-    Raises:
-        UserError: naming the first thing that is missing or truncated.
-    """
-    try:
-        manifest = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint} is not a whole checkpoint: its MANIFEST.json cannot be read ({error})"
-        ) from error
-    for name, size in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{checkpoint} is not a whole checkpoint: {name} is missing")
-        if path.stat().st_size != size:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}")
-    assert isinstance(manifest, dict)
-    return manifest
 
 
 def save_checkpoint(

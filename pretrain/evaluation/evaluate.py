@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import platform
 from pathlib import Path
@@ -15,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain import __version__
-from pretrain.checkpointing.checkpoint import checkpoint_name, latest_checkpoint, load_checkpoint
+from pretrain.checkpointing.checkpoint import load_checkpoint
 from pretrain.console import say
-from pretrain.errors import UserError
 from pretrain.evaluation.frequency_groups import frequency_groups
 from pretrain.evaluation.geometry import (
     cosine_histogram,
@@ -30,31 +28,18 @@ from pretrain.evaluation.word_similarity import word_similarity
 from pretrain.files import write_bytes, write_json
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
 from pretrain.topology import Topology
 from pretrain.training.engine import whole_output_embedding
 from pretrain.training.metrics import read_metrics
 from pretrain.training.setup import Run, build_run
 from pretrain.training.validation import measure_perplexity
 
-FORMAT = 1
 COSINE_BINS = 200
 
 
-def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, step: int | None = None) -> None:
-    """Measure the test split and the output embedding; a collective. Does nothing if it was done before.
-
-    Args:
-        step: of the checkpoint; None: the latest.
-
-    Raises:
-        UserError: no such checkpoint.
-    """
-    checkpoint = choose_checkpoint(folder, step)
-    if _is_done(folder, checkpoint):
-        if topology.is_first:
-            say(f"{recipe.name}: {checkpoint.name} is evaluated already")
-        return
+def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoint: Path) -> None:
+    """Measure the test split and the output embedding; a collective."""
     run = build_run(recipe, topology)
     run.progress = load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
     grouped = measure_perplexity(run.engine, run.prepared, recipe, topology, "test", show=topology.is_first)
@@ -70,7 +55,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, step: in
     if not topology.is_first:
         return
     evaluation = {
-        "format": FORMAT,
+        "format": EVALUATION_FORMAT,
         "run": recipe.name,
         "method": recipe.objective.method,
         "checkpoint_step": run.progress.step,
@@ -92,33 +77,6 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, step: in
         f"{recipe.name}: step {run.progress.step:,}, test perplexity {grouped.perplexity()['total'] or math.nan:,.1f}, "
         f"isotropy {geometry['isotropy']:.3f}, mean cosine {geometry['mean_cosine']:.3f} in {folder.evaluation_file}"
     )
-
-
-def choose_checkpoint(folder: RunFolder, step: int | None) -> Path:
-    """The checkpoint of that step, or the latest.
-
-    Raises:
-        UserError: there is none.
-    """
-    if step is not None:
-        checkpoint = folder.checkpoints / checkpoint_name(step)
-        if checkpoint.is_dir():
-            return checkpoint
-        there = ", ".join(sorted(str(int(path.name[5:])) for path in folder.checkpoints.glob("step_*"))) or "none"
-        raise UserError(f"{folder.path} has no checkpoint of step {step}; there are: {there}")
-    latest = latest_checkpoint(folder.checkpoints)
-    if latest is None:
-        raise UserError(f"{folder.path} has no checkpoint yet: train it with python -m pretrain train")
-    return latest
-
-
-def _is_done(folder: RunFolder, checkpoint: Path) -> bool:
-    try:
-        evaluation = json.loads(folder.evaluation_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    same = checkpoint_name(evaluation.get("checkpoint_step", -1)) == checkpoint.name
-    return bool(same and evaluation.get("format") == FORMAT and folder.evaluation_arrays.exists())
 
 
 def _embedding_measures(run: Run, weight: torch.Tensor) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
 from pretrain.checkpointing.checkpoint import load_checkpoint
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluate import choose_checkpoint
 from pretrain.recipe import Recipe
-from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.training.setup import build_run
 
 
 @torch.no_grad()
 def generate_text(
-    folder: RunFolder,
+    checkpoint: Path,
     recipe: Recipe,
     topology: Topology,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
-    step: int | None = None,
 ) -> str:
     """The prompt and its continuation, up to the end of the document; a collective, the same on all ranks.
 
@@ -30,13 +29,12 @@ def generate_text(
 
     Args:
         temperature: 0 takes the most likely token; else logits are divided by it and one is drawn.
-        step: of the checkpoint; None: the latest.
 
     Raises:
         UserError: the prompt has no tokens.
     """
     run = build_run(recipe, topology)
-    load_checkpoint(run.engine, choose_checkpoint(folder, step), run.objective.load_state_dict, topology, run.identity)
+    load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
     tokenizer = run.prepared.tokenizer
     ids = tokenizer.encode(prompt)
     if not ids:

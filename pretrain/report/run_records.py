@@ -14,11 +14,11 @@ import numpy.typing as npt
 import yaml
 
 from pretrain.errors import UserError
+from pretrain.run_folder import EVALUATION_FORMAT
 from pretrain.training.metrics import read_metrics
 
 Floats = npt.NDArray[np.float64]
 
-EVALUATION_FORMAT = 1
 EVALUATION_KEYS = (
     "run", "method", "checkpoint_step", "tokens", "split", "perplexity", "unique_tokens", "unique_targets",
     "target_tokens", "isotropy", "isotropy_unit_norm", "mean_cosine", "mean_shift", "effective_rank",

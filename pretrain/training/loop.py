@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpointing.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from pretrain.checkpointing.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pretrain.checkpointing.folder import latest_checkpoint
 from pretrain.console import bar, say
 from pretrain.data.loader import TrainingBatches, training_dataset
 from pretrain.errors import NonFiniteError

@@ -90,7 +90,7 @@ def test_old_checkpoints_are_deleted(prepared_recipe, tmp_path):
     ],
 )
 def test_a_damaged_checkpoint_is_named(prepared_recipe, tmp_path, damage, message):
-    from pretrain.checkpointing.checkpoint import latest_checkpoint
+    from pretrain.checkpointing.folder import latest_checkpoint
 
     recipe = change(prepared_recipe, output_root=str(tmp_path), batch={"train_steps": 1})
     train_on_ranks(recipe, 1)
