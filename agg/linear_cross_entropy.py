@@ -6,9 +6,9 @@ R tensor-parallel ranks; H [T, D] hidden states, W [V_local, D] output embedding
     dL/dH = (P - Y) W              not gated
     dL/dW = (G * (P - Y))^T H      G[i, k] = 1 if k == y_i, g2_k if y_i is rare, else g1_k
 
-G is never built. Tokens are taken in two classes, by "target is rare". For the large class g1 is a factor of the
-rows of P^T H, applied once after its chunks; only for the small class g2 multiplies columns of P. The target's own
-entry, which is exempt, is put right by adding to its row. So the gates cost next to nothing beyond three matmuls.
+G is never built. Tokens are taken in two classes, by "target is rare": within a class the gate is a factor of the rows
+of P^T H, applied to [V_local, D] after its chunks and never to [C, V_local]. The target's own entry, which is exempt,
+is put right by adding to its row. So the gates cost next to nothing beyond three matmuls.
 """
 
 from __future__ import annotations
@@ -189,68 +189,62 @@ class _Sweep:
     def run(self) -> _Sweep:
         common, rare = self.job.positions()
         gates = self.job.gates
-        self._class(common, None)
-        if gates is not None:
-            if self._weight_sum is not None and len(common):
-                self._weight_sum.mul_(gates.g1[:, None])
-            self._class(rare, gates.g2[: len(self.real)])
+        if gates is None:
+            self._class(common)
+        else:
+            between, after = _row_factors(gates, self.sum_dtype)
+            self._class(rare)
+            if self._weight_sum is not None and len(rare):
+                self._weight_sum.mul_(between[:, None])
+            self._class(common)
+            if self._weight_sum is not None:
+                self._weight_sum.mul_(after[:, None])
         if self._weight_sum is not None:
             self._add_target_entries(common, None if gates is None else gates.g1)
             self._add_target_entries(rare, None if gates is None else gates.g2)
+            self.weight_grad = self._weight_sum.to(self.hidden.dtype)
         if self._hidden_sum is not None:
             self.hidden_grad = self.job.shard.all_reduce(self._hidden_sum).to(self.hidden.dtype)
-        if self._weight_sum is not None:
-            self.weight_grad = self._weight_sum.to(self.hidden.dtype)
         return self
 
-    def _class(self, positions: torch.Tensor, column_gate: torch.Tensor | None) -> None:
-        """All chunks of one class of positions. ``column_gate`` [real rows] multiplies columns of P for dW."""
-        size = self.job.chunk_tokens
+    def _class(self, positions: torch.Tensor) -> None:
+        """All chunks of one class of positions: dW gains their ungated ``P^T H``."""
         if len(positions) == 0:
             return
-        buffer = self.hidden.new_empty(min(size, len(positions)), self.real.shape[0])
+        size = min(self.job.chunk_tokens, len(positions))
+        buffer = self.hidden.new_empty(size, self.real.shape[0])
         hidden_total = self.hidden.new_zeros(self.hidden.shape[1], dtype=self.sum_dtype)
         for chunk in positions.split(size):
-            self._chunk(chunk, column_gate, buffer[: len(chunk)], hidden_total)
+            self._chunk(chunk, buffer[: len(chunk)], hidden_total)
         if self.row_sum is not None and self._weight_sum is not None:
-            columns = hidden_total.new_ones(len(self.real)) if column_gate is None else column_gate.to(self.sum_dtype)
-            self._weight_sum[: len(self.real)].addr_(columns, hidden_total, alpha=-self.smoothing_per_id)
+            self._weight_sum[: len(self.real)] -= self.smoothing_per_id * hidden_total
 
-    def _chunk(
-        self,
-        chunk: torch.Tensor,
-        column_gate: torch.Tensor | None,
-        buffer: torch.Tensor,
-        hidden_total: torch.Tensor,
-    ) -> None:
-        """Losses of the positions ``chunk`` [C], and their share of the gradients."""
+    def _chunk(self, chunk: torch.Tensor, buffer: torch.Tensor, hidden_total: torch.Tensor) -> None:
+        """Losses of the positions ``chunk`` [C], and their share of the gradients but for ``Y`` in dW."""
         shard, eps = self.job.shard, self.job.label_smoothing
         hidden = self.hidden[chunk]  # [C, D]
         target, here = shard.to_local(self.job.target[chunk])
-        logits = torch.mm(hidden, self.real.T, out=buffer).to(self.sum_dtype)  # [C, real rows]
-        exps, log_norm, factor, own_logit = _softmax_parts(logits, target, here, shard)
+        logits = torch.mm(hidden, self.real.T, out=buffer)  # [C, real rows]
+        local_p, log_norm, factor, own_logit = _softmax_parts(logits, target, here, shard, self.sum_dtype)
         losses = log_norm - own_logit
+        self._own_p[chunk] = torch.where(here, (-losses).exp(), 0)
         if self.row_sum_all is not None:
             mean_logit = hidden.to(self.sum_dtype) @ self.row_sum_all / shard.vocab_size
             losses = (1 - eps) * losses + eps * (log_norm - mean_logit)
         self.losses[chunk] = losses
-        if self.row_scale is None or (self._hidden_sum is None and self._weight_sum is None):
+        if self.row_scale is None or len(self.real) == 0:
             return
         scale = self.row_scale[chunk]
-        p_factor = scale * factor  # the softmax norm is a factor of rows: it need not touch C x V
-        low = exps.to(self.hidden.dtype)
+        p_scale = (scale * factor)[:, None]  # what the other ranks add to the norm is a factor of rows
+        low = local_p.to(self.hidden.dtype)
         if self._hidden_sum is not None:
-            part = (low @ self.real).to(self.sum_dtype) * p_factor[:, None]
-            own_rows = self.real[target.clamp(max=max(len(self.real) - 1, 0))] if len(self.real) else hidden * 0
-            part -= own_rows.to(self.sum_dtype) * ((1 - eps) * scale * here)[:, None]
+            part = (low @ self.real).to(self.sum_dtype).mul_(p_scale)
+            part -= self.real[target].to(self.sum_dtype) * ((1 - eps) * scale * here)[:, None]
             if self.row_sum is not None:
                 part -= self.smoothing_per_id * scale[:, None] * self.row_sum
             self._hidden_sum[chunk] = part
-        if self._weight_sum is not None and len(self.real):
-            self._own_p[chunk] = _own(exps, target, here) * factor
-            if column_gate is not None:
-                low = low.mul_(column_gate.to(low.dtype))
-            scaled = (hidden.to(self.sum_dtype) * p_factor[:, None]).to(hidden.dtype)
+        if self._weight_sum is not None:
+            scaled = (hidden.to(self.sum_dtype) * p_scale).to(hidden.dtype)
             if self.sum_dtype == hidden.dtype:
                 self._weight_sum[: len(self.real)].addmm_(low.T, scaled)
             else:
@@ -270,8 +264,22 @@ class _Sweep:
             self._weight_sum.index_add_(0, rows, self.hidden[chunk].to(self.sum_dtype) * coefficient[:, None])
 
 
+def _row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors of rows that gate both classes without touching C x V.
+
+    With A_r and A_c the ungated ``P^T H`` of positions whose target is rare and is not,
+    ``g2 A_r + g1 A_c = after * (between * A_r + A_c)``: one buffer holds the sums of both.
+
+    Returns:
+        between, after: [V_local]. Where g1 is 0 and g2 is not, ``after`` is 2**-60 instead of 0.
+    """
+    g1, g2 = gates.g1.to(dtype), gates.g2.to(dtype)
+    after = torch.where(g2 > 0, g1.clamp(min=2.0**-60), g1)
+    return torch.where(after > 0, g2 / after, 1.0), after
+
+
 def _softmax_parts(
-    logits: torch.Tensor, target: torch.Tensor, here: torch.Tensor, shard: VocabShard
+    logits: torch.Tensor, target: torch.Tensor, here: torch.Tensor, shard: VocabShard, sum_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax over a split vocabulary with one collective.
 
@@ -279,31 +287,25 @@ def _softmax_parts(
         logits: [C, real rows], overwritten. target: local rows [C]. here: whether each is on this rank.
 
     Returns:
-        E with ``P_local = E * factor[:, None]``; the log of the norm [C]; factor [C]; the target's logit [C].
+        The softmax over this rank's rows alone, of which P is ``factor`` times; the log of the whole norm [C];
+        factor [C]; the target's logit [C].
     """
-    own = _own(logits, target, here)
-    if logits.shape[1]:
-        largest = logits.amax(1)
-        exps = logits.sub_(largest[:, None]).exp_()
+    if logits.shape[1] == 0:
+        local_p = logits.to(sum_dtype)
+        own, local_norm = local_p.new_zeros(len(logits)), local_p.new_full((len(logits),), -torch.inf)
     else:
-        largest, exps = logits.new_full(logits.shape[:1], -torch.inf), logits
-    parts = torch.stack([largest, exps.sum(1), own])  # [3, C]
-    ranks = shard.world_size
-    if ranks > 1:
-        gathered = parts.new_empty(ranks, *parts.shape)
-        dist.all_gather_into_tensor(gathered.view(ranks * 3, -1), parts, group=shard.group)
-    else:
-        gathered = parts[None]
-    largest_all = gathered[:, 0].amax(0)
-    norm = (gathered[:, 1] * (gathered[:, 0] - largest_all).exp()).sum(0)
-    return exps, largest_all + norm.log(), (largest - largest_all).exp() / norm, gathered[:, 2].sum(0)
-
-
-def _own(matrix: torch.Tensor, target: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-    """Each row's entry at its target, 0 where the target is on another rank."""
-    if matrix.shape[1] == 0:
-        return matrix.new_zeros(matrix.shape[0])
-    return torch.where(here, matrix.gather(1, target.clamp(max=matrix.shape[1] - 1)[:, None]).squeeze(1), 0)
+        own = torch.where(here, logits.gather(1, target[:, None]).squeeze(1).to(sum_dtype), 0)
+        largest = logits.amax(1).to(sum_dtype)
+        # On the CPU in place: a row is read whole before it is written.
+        in_place = logits.dtype == sum_dtype and logits.device.type == "cpu"
+        local_p = torch.softmax(logits, 1, sum_dtype, out=logits if in_place else None)
+        local_norm = largest - local_p.amax(1).log()  # the largest p is 1 / sum(exp(logits - largest))
+    if shard.world_size == 1:
+        return local_p, local_norm, torch.ones_like(own), own
+    gathered = own.new_empty(shard.world_size * 2, len(logits))
+    dist.all_gather_into_tensor(gathered, torch.stack([local_norm, own]), group=shard.group)
+    log_norm = gathered[0::2].logsumexp(0)
+    return local_p, log_norm, (local_norm - log_norm).exp(), gathered[1::2].sum(0)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
