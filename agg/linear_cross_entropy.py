@@ -139,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = 1 / valid.clamp(min=1) if reduction == "mean" else torch.ones_like(valid)
         row_scale = scale.expand(hidden.shape[0])
         sweep = _Sweep(job, hidden, weight, row_scale, needs_hidden, needs_weight).run()
-        ctx.save_for_backward(sweep.hidden_grad, sweep.weight_grad)
+        ctx.gradients = (sweep.hidden_grad, sweep.weight_grad)
         return sweep.losses.sum() * scale
 
     @staticmethod
@@ -151,10 +151,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             row_scale = loss_grad.to(_sum_dtype(hidden.dtype))
             sweep = _Sweep(ctx.job, hidden, weight, row_scale, *ctx.needs_input_grad[:2]).run()
             return sweep.hidden_grad, sweep.weight_grad, None, None
-        hidden_grad, weight_grad = (
-            None if grad is None else grad * loss_grad.to(grad.dtype) for grad in ctx.saved_tensors
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("backward ran through this loss before; give retain_graph=True to run it again")
+        gradients = ctx.gradients
+        if _keeps_graph():
+            gradients = [None if grad is None else grad.clone() for grad in gradients]
+        else:
+            ctx.gradients = None  # multiplied in place and handed over: a copy of dW would be the peak of memory
+        hidden_grad, weight_grad = (None if grad is None else grad.mul_(loss_grad) for grad in gradients)
         return hidden_grad, weight_grad, None, None
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass under way was called with ``retain_graph=True``."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
 
 
 class _Sweep:
@@ -302,10 +313,10 @@ def _softmax_parts(
         local_norm = largest - local_p.amax(1).log()  # the largest p is 1 / sum(exp(logits - largest))
     if shard.world_size == 1:
         return local_p, local_norm, torch.ones_like(own), own
-    gathered = own.new_empty(shard.world_size * 2, len(logits))
-    dist.all_gather_into_tensor(gathered, torch.stack([local_norm, own]), group=shard.group)
-    log_norm = gathered[0::2].logsumexp(0)
-    return local_p, log_norm, (local_norm - log_norm).exp(), gathered[1::2].sum(0)
+    gathered = own.new_empty(shard.world_size, 2, len(logits))
+    dist.all_gather(list(gathered.unbind()), torch.stack([local_norm, own]), group=shard.group)
+    log_norm = gathered[:, 0].logsumexp(0)
+    return local_p, log_norm, (local_norm - log_norm).exp(), gathered[:, 1].sum(0)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

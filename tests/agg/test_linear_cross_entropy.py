@@ -144,6 +144,19 @@ def test_weight_tied_to_an_input_embedding():
     assert not torch.allclose(results[0][1], results[1][1], atol=1e-4)
 
 
+def test_backward_again_over_a_kept_graph():
+    problem = make_problem()
+    shard = problem.shard(0, 1)
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    loss = gated_linear_cross_entropy(hidden, weight, problem.target, problem.gates, shard)
+    first = torch.autograd.grad(2 * loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (hidden, weight))
+    assert_equal((loss.detach() * 2, *first), [2 * part for part in dense_answer(problem)])
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(2 * loss, hidden)
+
+
 def test_differentiating_twice_is_refused():
     problem = make_problem()
     hidden = problem.hidden.clone().requires_grad_()

@@ -1,0 +1,376 @@
+"""``python -m agg.benchmark``: what gating costs, against the plain loss, three bare matmuls, and peers.
+
+All sides run in turn in every round of one process, so a ratio is taken within a round and its median and quartiles
+over rounds; absolute times of a shared machine mean little. Gradients are compared before anything is timed.
+
+    python -m agg.benchmark                                   # sizes that fit this machine
+    python -m agg.benchmark --sizes 50257x256x8192 --rounds 9 --output result.json
+    python -m agg.benchmark --tensor-parallel 2               # two local ranks, half of the vocabulary each
+
+Letters in sizes: V x D x T, vocabulary, hidden size, tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.nn import functional as F
+
+from agg.gating import Gates, rarity_gates
+from agg.linear_cross_entropy import gated_linear_cross_entropy
+from agg.reference import reference_gated_cross_entropy
+from agg.vocab_shard import VocabShard
+
+Side = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one size, on one tensor-parallel rank."""
+
+    hidden: torch.Tensor  # [T, D]
+    weight: torch.Tensor  # [V_local, D]
+    target: torch.Tensor  # [T]
+    gates: Gates
+    shard: VocabShard
+
+
+def make_case(
+    vocab_size: int, hidden_size: int, tokens: int, dtype: torch.dtype, device: str, shard: VocabShard
+) -> Case:
+    """Zipf targets; about half of the vocabulary is rare, and about one target in a hundred."""
+    generator = torch.Generator().manual_seed(0)
+    share = 1 / (1 + torch.arange(vocab_size, dtype=torch.float64))
+    expected = torch.zeros(len(shard), dtype=torch.int64)
+    expected[: shard.real] = (share * 1e6).long()[shard.start : shard.start + shard.real]
+    alpha = float(share[vocab_size // 2] / share.sum() * 32_768)
+    gates = rarity_gates(
+        expected, tokens=int((share * 1e6).long().sum()), alpha=alpha, reference_batch_tokens=32_768, shard=shard
+    )
+    weight = 0.05 * torch.randn(vocab_size, hidden_size, generator=generator)
+    local = torch.zeros(len(shard), hidden_size)
+    local[: shard.real] = weight[shard.start : shard.start + shard.real]
+    return Case(
+        hidden=torch.randn(tokens, hidden_size, generator=generator).to(device, dtype),
+        weight=local.to(device, dtype),
+        target=torch.multinomial(share.float(), tokens, replacement=True, generator=generator).to(device),
+        gates=Gates(gates.rare.to(device), gates.g1.to(device), gates.g2.to(device)),
+        shard=shard,
+    )
+
+
+def sides_of(case: Case) -> tuple[dict[str, Side], list[str]]:
+    """Name to loss; the second lists those of them that are gated."""
+    target, gates, shard = case.target, case.gates, case.shard
+    sides: dict[str, Side] = {
+        "gated": lambda h, w: gated_linear_cross_entropy(h, w, target, gates, shard),
+        "ungated": lambda h, w: gated_linear_cross_entropy(h, w, target, None, shard),
+    }
+    if shard.world_size > 1:
+        sides.update(_megatron_side(case))
+        return sides, ["gated"]
+    sides["torch cross_entropy"] = lambda h, w: F.cross_entropy((h @ w.T).float(), target)
+    sides["paper's form"] = lambda h, w: reference_gated_cross_entropy(h, w, target, gates)
+    linear = getattr(F, "linear_cross_entropy", None)  # torch 2.13
+    if linear is not None:
+        options = torch.nn.LinearCrossEntropyOptions()
+        sides["torch linear_cross_entropy"] = lambda h, w: linear(h, w, target)
+        sides["torch linear_cross_entropy, chunked"] = lambda h, w: linear(h, w, target, options=options)
+    if case.hidden.device.type == "cuda":
+        sides.update(_gpu_sides(target))
+    return sides, ["gated", "paper's form"]
+
+
+def _gpu_sides(target: torch.Tensor) -> dict[str, Side]:
+    """Fused losses of other libraries, where they are installed."""
+    sides: dict[str, Side] = {}
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        sides["Liger fused linear"] = lambda h, w: liger_fused_linear_cross_entropy(h, w, target)
+    except ImportError:
+        pass
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+        sides["Cut Cross-Entropy"] = lambda h, w: cut_cross_entropy(h, w, target)
+    except ImportError:
+        pass
+    return sides
+
+
+def _megatron_side(case: Case) -> dict[str, Side]:
+    """megatron-core's vocab-parallel cross-entropy on materialised logits, where it is installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of optional libraries that it looks for
+        try:
+            from megatron.core import parallel_state
+            from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
+        except ImportError:
+            return {}
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=case.shard.world_size, create_gloo_process_groups=False
+        )
+
+    def side(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = copy_to_tensor_model_parallel_region(hidden) @ weight.T
+        loss: torch.Tensor = vocab_parallel_cross_entropy(logits, case.target).mean()
+        return loss
+
+    return {"megatron-core vocab-parallel": side}
+
+
+def bare_matmuls(case: Case) -> Callable[[], None]:
+    """The floor: the three matmuls of these shapes, whole, without anything around them."""
+    logits = torch.empty(len(case.hidden), len(case.weight), dtype=case.weight.dtype, device=case.weight.device)
+    hidden_grad, weight_grad = torch.empty_like(case.hidden), torch.empty_like(case.weight)
+
+    def run() -> None:
+        torch.mm(case.hidden, case.weight.T, out=logits)
+        torch.mm(logits, case.weight, out=hidden_grad)
+        torch.mm(logits.T, case.hidden, out=weight_grad)
+
+    return run
+
+
+def run_side(case: Case, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """dH [T, D] and dW [V_local, D] of one forward and backward."""
+    hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
+    side(hidden, weight).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return hidden.grad, weight.grad
+
+
+def check_gradients(case: Case, sides: dict[str, Side], gated: Sequence[str]) -> dict[str, float]:
+    """The largest difference of each side from the first of its kind, as a share of the largest entry.
+
+    Raises:
+        AssertionError: a side computes something else.
+    """
+    first = {True: "gated", False: "ungated"}
+    expected = {is_gated: run_side(case, sides[name]) for is_gated, name in first.items()}
+    errors = {}
+    for name, side in sides.items():
+        pairs = zip(run_side(case, side), expected[name in gated], strict=True)
+        rows = case.shard.real
+        errors[name] = max(
+            float((mine[:rows] if k else mine).sub(other[:rows] if k else other).abs().max() / other.abs().max())
+            for k, (mine, other) in enumerate(pairs)
+        )
+        assert errors[name] <= GRADIENT_TOLERANCE[case.hidden.dtype], f"{name} differs by {errors[name]:.1e}"
+    return errors
+
+
+def peak_extra_bytes(case: Case, side: Side) -> int | None:
+    """Peak memory of one forward and backward beyond its inputs and its two gradients; None where it can't be told."""
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (case.hidden, case.weight))
+    gc.collect()
+    if case.hidden.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_side(case, side)
+        return max(0, torch.cuda.max_memory_allocated() - before - gradients)
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    except OSError:
+        return None
+    before = _status_bytes("VmRSS")
+    run_side(case, side)
+    return max(0, _status_bytes("VmHWM") - before - gradients)
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def time_interleaved(case: Case, sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every side in every round; the order turns from round to round. One round warms up."""
+    calls: dict[str, Callable[[], Any]] = {name: partial(run_side, case, side) for name, side in sides.items()}
+    calls["three matmuls"] = bare_matmuls(case)
+    names, seconds = list(calls), {name: list[float]() for name in calls}
+    on_gpu = case.hidden.device.type == "cuda"
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if case.shard.world_size > 1:
+                dist.barrier(group=case.shard.group)
+            if on_gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            calls[name]()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
+    """Median and quartiles, over rounds, of the time of ``name`` over that of ``base``."""
+    ratios = [one / other for one, other in zip(seconds[name], seconds[base], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def benchmark(
+    size: tuple[int, int, int], rounds: int, dtype: torch.dtype, device: str, shard: VocabShard
+) -> dict[str, Any]:
+    """One size: gradients compared, memory, then times."""
+    case = make_case(*size, dtype, device, shard)
+    sides, gated = sides_of(case)
+    errors = check_gradients(case, sides, gated)
+    memory = {name: peak_extra_bytes(case, side) for name, side in sides.items()}
+    seconds = time_interleaved(case, sides, rounds)
+    return {
+        "vocab_size": size[0],
+        "hidden_size": size[1],
+        "tokens": size[2],
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel": shard.world_size,
+        "rounds": rounds,
+        "sides": {
+            name: {
+                "median_seconds": statistics.median(values),
+                "over_gated": ratio(seconds, name, "gated"),
+                "over_ungated": ratio(seconds, name, "ungated"),
+                "over_three_matmuls": ratio(seconds, name, "three matmuls"),
+                "peak_extra_bytes": memory.get(name),
+                "gradient_difference": errors.get(name),
+            }
+            for name, values in seconds.items()
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """One size as text: medians, and ratios with their quartiles."""
+    head = f"V {result['vocab_size']:,}  D {result['hidden_size']:,}  T {result['tokens']:,}  {result['dtype']}"
+    lines = [f"{head}  tensor-parallel {result['tensor_parallel']}, {result['rounds']} rounds"]
+    lines.append(f"  {'':36}{'median':>11}{'/ three matmuls':>22}{'/ ungated':>22}{'peak extra':>13}")
+    for name, side in result["sides"].items():
+        cells = [f"{side['median_seconds'] * 1e3:,.1f} ms".rjust(11)]
+        for key in ("over_three_matmuls", "over_ungated"):
+            spread = side[key]
+            cells.append(f"{spread['median']:.3f} [{spread['low']:.2f} {spread['high']:.2f}]".rjust(22))
+        peak = side["peak_extra_bytes"]
+        cells.append(("" if peak is None else f"{peak / 2**20:,.0f} MiB").rjust(13))
+        lines.append(f"  {name:36}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def default_sizes(device: str) -> list[tuple[int, int, int]]:
+    if device == "cuda":
+        return [(32_768, 1024, 8192), (50_257, 1024, 8192), (131_072, 4096, 8192)]
+    return [(32_768, 256, 2048), (32_768, 256, 4096), (50_257, 256, 8192)]
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    vocab_size, hidden_size, tokens = (int(part) for part in text.lower().split("x"))
+    return vocab_size, hidden_size, tokens
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "hardware": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m agg.benchmark", description="What gating costs.")
+    parser.add_argument("--sizes", nargs="+", type=_size, metavar="VxDxT", help="e.g. 50257x256x8192")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="local ranks that share the vocabulary")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2 or options.tensor_parallel < 1:
+        parser.error("--rounds must be at least 2 and --tensor-parallel at least 1")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    sizes = options.sizes or default_sizes(device)
+    if options.tensor_parallel == 1:
+        results = [benchmark(size, options.rounds, dtype, device, VocabShard(0, size[0], size[0])) for size in sizes]
+    else:
+        results = _on_ranks(options.tensor_parallel, sizes, options.rounds, dtype, device)
+    for result in results:
+        print(table(result))
+    if options.output is not None:
+        options.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+    return 0
+
+
+def _on_ranks(
+    world_size: int, sizes: Sequence[tuple[int, int, int]], rounds: int, dtype: torch.dtype, device: str
+) -> list[dict[str, Any]]:
+    """The same on local ranks, each with its share of the vocabulary; the figures of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
+            _rank, (world_size, sizes, rounds, dtype, device, folder), nprocs=world_size
+        )
+        results: list[dict[str, Any]] = json.loads((Path(folder) / "results.json").read_text())
+        return results
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    sizes: Sequence[tuple[int, int, int]],
+    rounds: int,
+    dtype: torch.dtype,
+    device: str,
+    folder: str,
+) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/world", rank=rank, world_size=world_size)
+    results = []
+    for size in sizes:
+        shard = VocabShard.of_rank(size[0], rank, world_size, dist.group.WORLD, multiple_of=world_size)
+        results.append(benchmark(size, rounds, dtype, device, shard))
+    if rank == 0:
+        (Path(folder) / "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
