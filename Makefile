@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: install quickstart test test-long lint clean
+.PHONY: install quickstart test lint clean
 
 install: $(VENV)/installed
 
@@ -24,10 +24,7 @@ quickstart: install
 	@$(RUN) pretrain report runs/quickstart/plain runs/quickstart/agg --output runs/quickstart/report.html
 
 test: install
-	@$(RUN) pytest -q -m 'not long'
-
-test-long: install
-	@$(RUN) pytest -q -m long
+	@$(RUN) pytest -q
 
 lint: install
 	@$(RUN) ruff check .

@@ -77,6 +77,11 @@ class TokenFrequency:
                 outside the vocabulary.
         """
         totals = self._settled(targets.device)
+        if totals.device != targets.device:  # loaded from a checkpoint
+            totals = self._totals = totals.to(targets.device)
+            self._slots = {
+                slot: (rows.to(targets.device), n.to(targets.device)) for slot, (rows, n) in self._slots.items()
+            }
         size = len(self.shard)
         flat = targets.reshape(-1)
         flat = flat[flat != ignore_index]
@@ -163,15 +168,12 @@ class TokenFrequency:
             "counts": torch.cat([empty, *(self._slots[slot][1].cpu() for slot in order)]),
         }
 
-    def load_state_dict(
-        self, states: dict[str, Any] | Sequence[dict[str, Any]], device: torch.device | str | None = None
-    ) -> None:
-        """Continue from saved parts.
+    def load_state_dict(self, states: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Continue from saved parts. Counts move to the device of the next targets.
 
         Args:
             states: the part of this rank if the layout is the one that saved; the parts of all ranks, in any
                 order, if the data-parallel or tensor-parallel degree changed.
-            device: where to count from now on.
 
         Raises:
             ValueError: another window, vocabulary or version, or parts that do not cover this rank's rows and slots.
@@ -195,9 +197,6 @@ class TokenFrequency:
             )
         owned = [slot for slot in range(min(updates, self.window_steps)) if slot % self._world_size == self._rank]
         self._slots = {slot: self._merge_slot(slot, parts) for slot in owned}
-        if device is not None:
-            totals = totals.to(device)
-            self._slots = {slot: (rows.to(device), counts.to(device)) for slot, (rows, counts) in self._slots.items()}
         self._totals, self._updates, self._pending, self._undo = totals, updates, None, None
 
     def _check_parts(self, parts: Sequence[dict[str, Any]]) -> None:

@@ -60,6 +60,9 @@ def gated_linear_cross_entropy(
     """
     if shard is None:
         shard = VocabShard(0, max(weight.shape[0], 1), max(weight.shape[0], 1))
+    if torch.is_autocast_enabled(hidden.device.type):  # as torch.nn.functional.linear does
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, target, gates, shard, label_smoothing, reduction, chunk_tokens)
     if target.device.type == "cpu":
         outside = (target != ignore_index) & ((target < 0) | (target >= shard.vocab_size))
@@ -200,6 +203,8 @@ class _Sweep:
     def run(self) -> _Sweep:
         common, rare = self.job.positions()
         gates = self.job.gates
+        longest = min(self.job.chunk_tokens, max(len(common), len(rare)))
+        self._logits = self.hidden.new_empty(longest, self.real.shape[0])
         if gates is None:
             self._class(common)
         else:
@@ -222,20 +227,18 @@ class _Sweep:
         """All chunks of one class of positions: dW gains their ungated ``P^T H``."""
         if len(positions) == 0:
             return
-        size = min(self.job.chunk_tokens, len(positions))
-        buffer = self.hidden.new_empty(size, self.real.shape[0])
         hidden_total = self.hidden.new_zeros(self.hidden.shape[1], dtype=self.sum_dtype)
-        for chunk in positions.split(size):
-            self._chunk(chunk, buffer[: len(chunk)], hidden_total)
+        for chunk in positions.split(self.job.chunk_tokens):
+            self._chunk(chunk, hidden_total)
         if self.row_sum is not None and self._weight_sum is not None:
             self._weight_sum[: len(self.real)] -= self.smoothing_per_id * hidden_total
 
-    def _chunk(self, chunk: torch.Tensor, buffer: torch.Tensor, hidden_total: torch.Tensor) -> None:
+    def _chunk(self, chunk: torch.Tensor, hidden_total: torch.Tensor) -> None:
         """Losses of the positions ``chunk`` [C], and their share of the gradients but for ``Y`` in dW."""
         shard, eps = self.job.shard, self.job.label_smoothing
         hidden = self.hidden[chunk]  # [C, D]
         target, here = shard.to_local(self.job.target[chunk])
-        logits = torch.mm(hidden, self.real.T, out=buffer)  # [C, real rows]
+        logits = torch.mm(hidden, self.real.T, out=self._logits[: len(chunk)])  # [C, real rows]
         local_p, log_norm, factor, own_logit = _softmax_parts(logits, target, here, shard, self.sum_dtype)
         losses = log_norm - own_logit
         self._own_p[chunk] = torch.where(here, (-losses).exp(), 0)

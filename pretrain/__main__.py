@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain import commands
-from pretrain.errors import EXIT_USER_ERROR, NonFiniteError, UserError
+from pretrain.errors import EXIT_USER_ERROR, NonFiniteError, RecipeError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,12 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Ranks that a launcher started all see a bad recipe: the first one says it.
+        if not (isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"):
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR):
             raise
-        print(f"error: cannot write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        print(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)

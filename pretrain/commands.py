@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.checkpointing.folder import checkpoint_name, choose_checkpoint, latest_checkpoint
+from pretrain.checkpointing.folder import check_whole, checkpoint_name, choose_checkpoint, latest_checkpoint
 from pretrain.console import say
 from pretrain.errors import UserError
+from pretrain.files import folder_lock
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import find_recipe, load_recipe
 from pretrain.run_folder import RunFolder
-from pretrain.topology import connect, data_parallel_size_of, disconnect, place_from_environment
+from pretrain.topology import (
+    Topology,
+    check_devices,
+    choose_device,
+    connect,
+    data_parallel_size_of,
+    disconnect,
+    place_from_environment,
+)
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -24,74 +36,73 @@ def prepare(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
+    folder, place = RunFolder(recipe.run_folder), place_from_environment()
+    choose_device(recipe)
     quiet_third_party()
-    place = place_from_environment()
-    if place is None or place.rank == 0:
-        _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
-        given = find_recipe(options.recipe).read_text(encoding="utf-8") + "".join(
-            f"# override: {override}\n" for override in options.overrides
-        )
-        RunFolder(recipe.run_folder).claim(recipe, given)
-    if _is_done(recipe):  # every rank that a launcher started sees it
+    with contextlib.ExitStack() as stack:
         if place is None or place.rank == 0:
-            say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
-        return 0
-    if place is None and recipe.local_world_size > 1:
-        return _run_ranks(["train", options.recipe, *options.overrides, *_stop_option(options)], recipe)
-    from pretrain.training.loop import train as train_run
+            _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
+            given = find_recipe(options.recipe).read_text(encoding="utf-8") + "".join(
+                f"# override: {override}\n" for override in options.overrides
+            )
+            folder.claim(recipe, given)
+        if _is_done(recipe):  # every rank that a launcher started sees it
+            if place is None or place.rank == 0:
+                say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
+            return 0
+        if place is None and recipe.local_world_size > 1:
+            stop = [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
+            return _run_ranks(["train", options.recipe, *options.overrides, *stop], recipe, folder)
+        if place is None or place.rank == 0:
+            way_out = "wait until it ends, or give this run another name=..."
+            stack.enter_context(folder_lock(folder.path, "training in", way_out))
+        from pretrain.training.loop import train as train_run
 
-    topology = connect(recipe)
-    try:
+        topology = stack.enter_context(_connected(recipe))
         progress = train_run(recipe, topology, options.stop_at_step)
         if topology.is_first:
-            say(f"{recipe.name}: step {progress.step:,} saved in {RunFolder(recipe.run_folder).checkpoints}")
-    finally:
-        disconnect()
+            say(f"{recipe.name}: step {progress.step:,} saved in {folder.checkpoints}")
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
-    recipe = folder.saved_recipe()
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
-    if folder.is_evaluated(checkpoint):
+    recipe = _on_layout_of(checkpoint, folder.saved_recipe())
+    if folder.is_evaluated(checkpoint, recipe):
         say(f"{recipe.name}: {checkpoint.name} is evaluated already")
         return 0
+    choose_device(recipe)
     quiet_third_party()
-    if place_from_environment() is None and recipe.local_world_size > 1:
-        step = [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
-        return _run_ranks(["evaluate", str(options.folder), *step], recipe)
+    if place_from_environment() is None:
+        _check_evaluation(recipe)
+        if recipe.local_world_size > 1:
+            return _run_ranks(["evaluate", str(options.folder), *_checkpoint_option(options)], recipe, folder)
     from pretrain.evaluation.evaluate import evaluate_run
 
-    topology = connect(recipe)
-    try:
+    with _connected(recipe) as topology:
         evaluate_run(folder, recipe, topology, checkpoint)
-    finally:
-        disconnect()
     return 0
 
 
 def generate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
-    recipe = folder.saved_recipe()
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
+    recipe = _on_layout_of(checkpoint, folder.saved_recipe())
     if options.temperature < 0:
         raise UserError(f"--temperature is {options.temperature}, must not be negative")
+    choose_device(recipe)
     quiet_third_party()
     if place_from_environment() is None and recipe.local_world_size > 1:
-        arguments = ["generate", str(options.folder), "--prompt", options.prompt]
+        arguments = ["generate", str(options.folder), "--prompt", options.prompt, *_checkpoint_option(options)]
         arguments += ["--max-new-tokens", str(options.max_new_tokens), "--temperature", str(options.temperature)]
-        arguments += [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
-        return _run_ranks(arguments, recipe)
+        return _run_ranks(arguments, recipe, folder)
     from pretrain.evaluation.generate import generate_text
 
-    topology = connect(recipe)
-    try:
+    with _connected(recipe) as topology:
         text = generate_text(checkpoint, recipe, topology, options.prompt, options.max_new_tokens, options.temperature)
         if topology.is_first:
             say(text)
-    finally:
-        disconnect()
     return 0
 
 
@@ -107,12 +118,22 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _check_before_start(recipe: Recipe, world_size: int) -> None:
-    """Everything that can be refused before ranks start: layout, DeepSpeed's file, data."""
+    """Everything that can be refused before ranks start: layout, devices, DeepSpeed's file, data."""
     from pretrain.data.prepare import PreparedData
     from pretrain.training.deepspeed_config import deepspeed_config
 
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
+    if place_from_environment() is None:
+        check_devices(recipe, recipe.local_world_size)
     PreparedData.open(recipe)
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    from pretrain.evaluation.word_similarity import read_word_pairs
+
+    check_devices(recipe, recipe.local_world_size)
+    for name in recipe.reporting.word_similarity:
+        read_word_pairs(Path(name))
 
 
 def _is_done(recipe: Recipe) -> bool:
@@ -120,11 +141,25 @@ def _is_done(recipe: Recipe) -> bool:
     return latest is not None and latest.name == checkpoint_name(recipe.batch.train_steps)
 
 
-def _run_ranks(arguments: list[str], recipe: Recipe) -> int:
+def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the number of ranks that the checkpoint was saved on, which a launcher may have chosen."""
+    size = check_whole(checkpoint)["layout"]["data_parallel_size"]
+    return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, data_parallel_size=size))
+
+
+@contextlib.contextmanager
+def _connected(recipe: Recipe) -> Iterator[Topology]:
+    try:
+        yield connect(recipe)
+    finally:
+        disconnect()
+
+
+def _run_ranks(arguments: list[str], recipe: Recipe, folder: RunFolder) -> int:
     from pretrain.launch import run_local_ranks
 
-    return run_local_ranks(arguments, recipe.local_world_size, Path(RunFolder(recipe.run_folder).logs))
+    return run_local_ranks(arguments, recipe.local_world_size, folder.logs)
 
 
-def _stop_option(options: argparse.Namespace) -> list[str]:
-    return [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
+def _checkpoint_option(options: argparse.Namespace) -> list[str]:
+    return [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def without_infinities(tree: Any) -> Any:
+    """The same with None for numbers that JSON has no name for."""
+    if isinstance(tree, dict):
+        return {key: without_infinities(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [without_infinities(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
@@ -50,7 +60,7 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, doing: str, way_out: str = "wait until it ends", *, wait: bool = False) -> Iterator[None]:
     """Hold the one lock of a folder. It ends with the process, however that ends.
 
     Args:
@@ -64,9 +74,7 @@ def folder_lock(folder: Path, doing: str, *, wait: bool = False) -> Iterator[Non
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(
-                f"another process is {doing} {folder}; wait until it ends, or choose another data.folder"
-            ) from None
+            raise UserError(f"another process is {doing} {folder}; {way_out}") from None
         yield
 
 

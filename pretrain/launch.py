@@ -7,6 +7,7 @@ when one of them fails first.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 from pretrain.files import make_folder
 
 GRACE_SECONDS = 10.0
+PR_SET_PDEATHSIG = 1
 
 
 def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path) -> int:
@@ -28,18 +30,21 @@ def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path)
         0, or the exit code of the rank that failed first; the others are then ended.
     """
     make_folder(log_folder)
+    port = _free_port()
     with contextlib.ExitStack() as stack:
-        ranks = [_start(arguments, rank, world_size, log_folder, stack) for rank in range(world_size)]
-        with _forwarded_signals(ranks):
-            code, failed = _wait(ranks)
-        _end(ranks)
+        ranks = [_start(arguments, rank, world_size, port, log_folder, stack) for rank in range(world_size)]
+        try:
+            with _forwarded_signals(ranks):
+                code, failed = _wait(ranks)
+        finally:
+            _end(ranks)
     if failed is not None and failed > 0:
         _show_end(log_folder / f"rank_{failed:05d}.log", failed, code)
     return code
 
 
 def _start(
-    arguments: Sequence[str], rank: int, world_size: int, log_folder: Path, stack: contextlib.ExitStack
+    arguments: Sequence[str], rank: int, world_size: int, port: str, log_folder: Path, stack: contextlib.ExitStack
 ) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank),
@@ -47,10 +52,9 @@ def _start(
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or _free_port(),
+        "MASTER_PORT": port,
     }
-    os.environ["MASTER_PORT"] = environment["MASTER_PORT"]  # the same for all ranks
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     output = None if rank == 0 else stack.enter_context((log_folder / f"rank_{rank:05d}.log").open("wb"))
     return subprocess.Popen(
         [sys.executable, "-m", "pretrain", *arguments],
@@ -58,7 +62,14 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
+        preexec_fn=_die_with_parent,
     )
+
+
+def _die_with_parent() -> None:
+    """Linux: a rank must not go on when its launcher was killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> str:
@@ -68,14 +79,19 @@ def _free_port() -> str:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None]:
-    """Until all ranks ended well, or one did not: its exit code and number. Of several, rank 0 speaks for all."""
+    """Until all ranks ended well, or one did not: its exit code and number.
+
+    A rank that was first alone is the cause, the others fail because it left. Where all stop together for one cause,
+    rank 0 speaks for them.
+    """
     while True:
         codes = [process.poll() for process in ranks]
         if any(codes):
-            time.sleep(0.5)  # ranks that stop together for one cause
-            codes = [process.poll() for process in ranks]
             failed = next(rank for rank, code in enumerate(codes) if code)
-            code = codes[failed] or 1
+            time.sleep(0.5)
+            if ranks[0].poll() == codes[failed]:
+                failed = 0
+            code = codes[failed] or ranks[failed].poll() or 1
             return (128 - code if code < 0 else code), failed
         if all(code == 0 for code in codes):
             return 0, None

@@ -6,6 +6,7 @@ learning rate, clipping and precision the owner is here; ``deepspeed_configs/*.j
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,8 @@ from pretrain.errors import RecipeError
 class CorpusRecipe:
     """Where documents come from.
 
-    ``embedded`` needs no files: the docstrings of the standard library and of torch. The other sources go
-    through HF ``datasets``. Globs are relative to the folder the command runs in.
+    ``embedded`` needs no files: the docstrings of the standard library and of torch. Text files are read as they
+    are, the other sources through HF ``datasets``. Globs are relative to the folder the command runs in.
     """
 
     source: Literal["embedded", "text", "jsonl", "parquet", "hub"] = "embedded"
@@ -158,6 +159,7 @@ class Recipe:
     seed: int = 1234
     output_root: str = "runs"
     precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where there are any
     model: ModelRecipe = field(default_factory=ModelRecipe)
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
     batch: BatchRecipe = field(default_factory=BatchRecipe)
@@ -209,6 +211,7 @@ def _range_problems(recipe: Recipe) -> list[str]:
     optimizer, parallel, reporting = recipe.optimizer, recipe.parallel, recipe.reporting
     at_least_one = {
         "data.prepare_processes": recipe.data.prepare_processes,
+        "data.tokenizer.training_sentences": recipe.data.tokenizer.training_sentences,
         "data.tokenizer.vocab_size": recipe.data.tokenizer.vocab_size,
         "model.num_layers": model.num_layers,
         "model.hidden_size": model.hidden_size,
@@ -217,6 +220,7 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "model.ffn_hidden_size": model.ffn_hidden_size,
         "model.sequence_length": model.sequence_length,
         "model.vocab_multiple_of": model.vocab_multiple_of,
+        "model.rope_base": model.rope_base,
         "objective.reference_batch_tokens": objective.reference_batch_tokens,
         "objective.window_steps": objective.window_steps,
         "batch.micro_batch_size": batch.micro_batch_size,
@@ -243,6 +247,7 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "model.init_std": model.init_std,
         "model.norm_epsilon": model.norm_epsilon,
     }
+    numbers = {**at_least_one, **not_negative, **positive}
     below_one = {
         "model.hidden_dropout": model.hidden_dropout,
         "model.attention_dropout": model.attention_dropout,
@@ -257,6 +262,9 @@ def _range_problems(recipe: Recipe) -> list[str]:
     ]
     problems += [f"{key} is {value}, must not be negative" for key, value in not_negative.items() if not value >= 0]
     problems += [f"{key} is {value}, must be above 0" for key, value in positive.items() if not value > 0]
+    problems += [f"{key} is {value}, must be finite" for key, value in numbers.items() if value == math.inf]
+    if not 0 <= recipe.seed < 2**32:
+        problems.append(f"seed is {recipe.seed}, must be at least 0 and below 2**32")
     problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
     if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
         problems.append(f"name is {recipe.name!r}, must be a plain folder name: the run is written to output_root/name")

@@ -18,6 +18,18 @@ from pretrain.recipe import Recipe
 SHIPPED = Path(__file__).parent / "recipes"
 
 
+class _NoDuplicates(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that is given twice; YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def find_recipe(name_or_path: str) -> Path:
     """A path as it is, or the name of a shipped recipe."""
     path = Path(name_or_path)
@@ -43,7 +55,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -34,7 +34,6 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
-        self.report_file = path / "report.html"
         self.logs = path / "logs"
 
     def saved_recipe(self) -> Recipe:
@@ -52,8 +51,8 @@ class RunFolder:
             UserError: another run is there, with the keys that differ; or the folder cannot be written.
         """
         make_folder(self.path)
-        tree = recipe_to_dict(recipe)
-        if self.recipe_file.exists():
+        tree = _with_whole_paths(recipe_to_dict(recipe))
+        if self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists()):
             differences = _differences(self._saved_tree(), tree)
             if differences:
                 raise UserError(
@@ -61,7 +60,9 @@ class RunFolder:
                     + "\n".join(f"  - {difference}" for difference in differences)
                     + f"\nGive this one another name=..., or delete {self.path}."
                 )
-        elif any(entry.name != self.logs.name for entry in self.path.iterdir()):
+        elif not self.recipe_file.exists() and any(
+            entry.name not in (".lock", "logs") for entry in self.path.iterdir()
+        ):
             raise UserError(
                 f"{self.path} is not empty and not a run: give this run another name=... or empty the folder"
             )
@@ -69,11 +70,12 @@ class RunFolder:
             write_text(self.recipe_given_file, given)
         write_text(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))
 
-    def is_evaluated(self, checkpoint: Path) -> bool:
-        """Whether ``evaluation.json`` is of that checkpoint and this version."""
+    def is_evaluated(self, checkpoint: Path, recipe: Recipe) -> bool:
+        """Whether ``evaluation.json`` is of that checkpoint and this version, with all word similarity sets."""
         try:
             evaluation = json.loads(self.evaluation_file.read_text(encoding="utf-8"))
             same = checkpoint_name(evaluation["checkpoint_step"]) == checkpoint.name
+            same &= set(evaluation["word_similarity"]) == {Path(name).stem for name in recipe.reporting.word_similarity}
             return bool(same and evaluation["format"] == EVALUATION_FORMAT and self.evaluation_arrays.exists())
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -88,6 +90,17 @@ class RunFolder:
         if not isinstance(tree, dict):
             raise UserError(f"{self.recipe_file} is not a recipe")
         return tree
+
+
+def _with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """Paths that later commands need, independent of the folder that they are run in."""
+    tree["data"]["folder"] = str(Path(tree["data"]["folder"]).absolute())
+    sharding = Path(tree["parallel"]["sharding"])
+    if sharding.is_file():
+        tree["parallel"]["sharding"] = str(sharding.absolute())
+    files = tree["reporting"]["word_similarity"]
+    tree["reporting"]["word_similarity"] = [str(Path(name).absolute()) for name in files]
+    return tree
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

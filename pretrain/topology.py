@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import tempfile
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,6 +46,8 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
             raise UserError(f"{launcher} set {names[0]}, but {error} is missing or not a number") from error
         if not 0 <= rank < world_size:
             raise UserError(f"{names[0]}={rank} is not in a world of {names[1]}={world_size}")
+        if launcher == "srun" and world_size == 1:
+            continue  # a shell or a single task, which may start ranks of its own
         return Place(rank, world_size, local_rank)
     return None
 
@@ -68,12 +70,6 @@ class Topology:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. A collective: all ranks call."""
-        tensor = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor)
 
     def describe(self) -> str:
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -107,7 +103,30 @@ def data_parallel_size_of(recipe: Recipe, world_size: int) -> int:
     return size
 
 
-def connect(recipe: Recipe, *, use_cuda: bool | None = None) -> Topology:
+def choose_device(recipe: Recipe) -> None:
+    """Hide the GPUs from everything in this process and the ranks it starts, if the recipe is for the CPU."""
+    if recipe.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def check_devices(recipe: Recipe, local_ranks: int) -> None:
+    """
+    Raises:
+        UserError: there are GPUs, but not one for each rank on this machine; or none where the recipe wants them.
+    """
+    if recipe.device == "cpu":
+        return
+    there = torch.cuda.device_count()
+    if there == 0 and recipe.device == "cuda":
+        raise UserError("device is cuda, but this machine has no GPU that torch can use; device=cpu runs without")
+    if 0 < there < local_ranks:
+        raise UserError(
+            f"{local_ranks} ranks on this machine, but {there} GPU(s): lower the degrees of parallel, or run it "
+            "on the CPU with device=cpu"
+        )
+
+
+def connect(recipe: Recipe) -> Topology:
     """Join the world a launcher made, or a world of one, and build the groups.
 
     torch.distributed may be initialised already (by a test harness); then its world is used.
@@ -116,7 +135,7 @@ def connect(recipe: Recipe, *, use_cuda: bool | None = None) -> Topology:
 
     place = place_from_environment() or Place(0, 1, 0)
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists; srun does not set it
-    on_gpu = torch.cuda.is_available() if use_cuda is None else use_cuda
+    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     data_parallel_size_of(recipe, place.world_size)
     if on_gpu:
@@ -151,6 +170,8 @@ def disconnect() -> None:
 
 
 def _initialize(place: Place, backend: str) -> None:
+    if "MASTER_ADDR" not in os.environ and place.world_size > 1 and "SLURM_STEP_NODELIST" in os.environ:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_rendezvous()
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
         return
@@ -159,8 +180,23 @@ def _initialize(place: Place, backend: str) -> None:
             f"{place.world_size} ranks were started, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
             "start them with torchrun or slurm/launch.sh"
         )
-    rendezvous = tempfile.mkdtemp(prefix="pretrain-")
-    dist.init_process_group(backend, init_method=f"file://{rendezvous}/world", rank=0, world_size=1, timeout=TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=dist.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
+        timeout=TIMEOUT,
+    )
+
+
+def _slurm_rendezvous() -> tuple[str, str]:
+    """The first node of this srun, where rank 0 is, and a port that other jobs on it are unlikely to use."""
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+    try:
+        first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"srun started this rank, but {' '.join(command)} does not name its nodes: {error}") from error
+    return first, str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000)
 
 
 class DeepSpeedGroups:

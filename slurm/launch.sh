@@ -9,6 +9,7 @@ ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 port=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
     "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \

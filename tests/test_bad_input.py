@@ -90,7 +90,11 @@ def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
 @pytest.mark.parametrize(
     ("content", "part"),
     [('{"zero_optimization": ', "is not JSON"), ('{"optimizer": {}}', "'optimizer', which the recipe owns"),
-     ('{"wall_clock_breakdown": "auto"}', "the recipe does not own that value")],
+     ('{"wall_clock_breakdown": "auto"}', "the recipe does not own that value"),
+     ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}', "reduce_bucket_size = auto"),
+     ('{"zero_optimizatoin": {"stage": 1}}', "did you mean 'zero_optimization'?"),
+     ('{"zero_optimization": {"stage": "two"}}', "must be an object with stage 0, 1, 2 or 3"),
+     ('{"bf16": true}', "bf16 True, must be an object")],
 )  # fmt: skip
 def test_deepspeed_file(write_recipe, capfd, tmp_path, content, part):
     policy = tmp_path / "mine.json"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,7 +108,7 @@ def test_terminal_is_ours(runs, tmp_path):
 
 
 def test_a_rank_that_fails_ends_the_others(runs, tmp_path):
-    """Rank 1 cannot read its part of the checkpoint's recipe: here, a full stop inside one rank only."""
+    """The launcher alone: rank 1 exits at once, rank 0 would sleep on."""
     code = "import os,sys; sys.exit(7) if os.environ['RANK']=='1' else __import__('time').sleep(60)"
     done = subprocess.run(
         [sys.executable, "-c", _LAUNCH.format(code=code, logs=str(tmp_path))],
@@ -124,14 +127,89 @@ sys.exit(launch.run_local_ranks([], 2, Path({logs!r})))
 """
 
 
+def start_long_run(runs, tmp_path):
+    """A run of many steps on two ranks; returns its process and metrics file once it trains."""
+    command = [sys.executable, "-m", "pretrain", "train", str(runs / "agg.yaml"), f"output_root={tmp_path}"]
+    process = subprocess.Popen(
+        [*command, "batch.train_steps=100000", "reporting.validate_every_steps=0", "reporting.geometry_every_steps=0"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "agg" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            return process, metrics
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError("the run did not start: " + process.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_its_launcher(runs, tmp_path, number):
+    process, metrics = start_long_run(runs, tmp_path)
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    time.sleep(1)
+    before = metrics.stat().st_size
+    time.sleep(2)
+    assert metrics.stat().st_size == before
+
+
+def test_two_trainings_in_one_folder(runs, tmp_path):
+    process, _ = start_long_run(runs, tmp_path)
+    try:
+        second = pretrain(
+            "train", str(runs / "agg.yaml"), f"output_root={tmp_path}", "batch.train_steps=100000",
+            "reporting.validate_every_steps=0", "reporting.geometry_every_steps=0", code=2,
+        )  # fmt: skip
+        assert "another process is training in" in second.stderr
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_mended_recipe_may_use_the_folder(runs, tmp_path):
+    """A run that could not begin leaves nothing that stops the next."""
+    recipe = str(runs / "mle.yaml")
+    failed = pretrain("train", recipe, f"output_root={tmp_path}", "model.sequence_length=60000", code=2)
+    assert "error: " in failed.stderr
+    pretrain("train", recipe, f"output_root={tmp_path}", "batch.train_steps=1")
+
+
+def test_moved_run_from_another_folder(runs, tmp_path):
+    shutil.copytree(runs / "agg", tmp_path / "moved")
+    (tmp_path / "moved" / "evaluation.json").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "evaluate", "moved"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved"]
+
+
+def test_tensorboard(runs, tmp_path):
+    pretrain("train", str(runs / "mle.yaml"), f"output_root={tmp_path}", "reporting.tensorboard=true")
+    (events,) = (tmp_path / "mle" / "tensorboard").iterdir()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(events)).Reload()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "mle" / "metrics.jsonl").read_text().splitlines()]
+    assert [point.value for point in board.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
+    assert "validation_perplexity/total" in board.Tags()["scalars"]
+
+
 def test_joins_the_ranks_of_a_launcher(runs, tmp_path):
-    """torchrun started them; train must not start more."""
+    """torchrun started them; train must not start more, and evaluate must know how many there were."""
+    (tmp_path / "open.yaml").write_text(
+        (runs / "agg.yaml").read_text().replace("data_parallel_size: 2", "data_parallel_size: null")
+    )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain",
-         "train", str(runs / "agg.yaml"), f"output_root={tmp_path}"],
+         "train", str(tmp_path / "open.yaml"), f"output_root={tmp_path}"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     started = [json.loads(line)["loss"] for line in (tmp_path / "agg" / "metrics.jsonl").read_text().splitlines()]
     own = [json.loads(line)["loss"] for line in (runs / "agg" / "metrics.jsonl").read_text().splitlines()]
     assert started == own
+    pretrain("evaluate", str(tmp_path / "agg"))

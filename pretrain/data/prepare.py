@@ -49,7 +49,7 @@ def prepare(recipe: Recipe) -> Manifest:
     folder = Path(data.folder)
     with _explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder, "preparing"):
+        with folder_lock(folder, "preparing", "wait until it ends, or choose another data.folder"):
             manifest = Manifest.read(folder)
             if manifest is not None:
                 manifest.check_inputs(data)

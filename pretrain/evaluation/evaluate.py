@@ -25,7 +25,7 @@ from pretrain.evaluation.geometry import (
     singular_values,
 )
 from pretrain.evaluation.word_similarity import word_similarity
-from pretrain.files import write_bytes, write_json
+from pretrain.files import without_infinities, write_bytes, write_json
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
@@ -61,7 +61,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
         "checkpoint_step": run.progress.step,
         "tokens": run.progress.consumed_tokens,
         "split": "test",
-        "perplexity": {name: _number(value) for name, value in grouped.perplexity().items()},
+        "perplexity": grouped.perplexity(),
         "unique_tokens": grouped.unique_tokens(),
         "unique_targets": grouped.unique_targets(),
         "target_tokens": grouped.target_tokens(),
@@ -72,7 +72,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
         "training": _training_facts(run, folder),
     }
     write_bytes(folder.evaluation_arrays, _as_npz(arrays))
-    write_json(folder.evaluation_file, evaluation)
+    write_json(folder.evaluation_file, without_infinities(evaluation))
     say(
         f"{recipe.name}: step {run.progress.step:,}, test perplexity {grouped.perplexity()['total'] or math.nan:,.1f}, "
         f"isotropy {geometry['isotropy']:.3f}, mean cosine {geometry['mean_cosine']:.3f} in {folder.evaluation_file}"
@@ -135,11 +135,6 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "CPU"
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no infinity."""
-    return value if value is None or math.isfinite(value) else None
 
 
 def _as_npz(arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:

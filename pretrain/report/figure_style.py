@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pretrain.files import replacing
 from pretrain.report.formatting import tick
 from pretrain.report.run_records import RunRecord
 
@@ -133,6 +133,5 @@ def not_measured(axes: Axes, what: str) -> None:
 def save_png(figure: Figure, path: Path) -> None:
     """Write at :data:`DOTS_PER_INCH`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, facecolor="white")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH, facecolor="white")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pretrain.files import write_text
 from pretrain.report.comparison import Measure, caveats, findings, measures
 from pretrain.report.figure_style import colour, save_png, short
 from pretrain.report.figures import FIGURES
@@ -67,9 +67,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> Path:
         figures=pictures,
         facts=_facts(records),
     )
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, output)
+    write_text(output, html)
     return output
 
 

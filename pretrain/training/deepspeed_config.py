@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from pretrain.errors import RecipeError, UserError
 from pretrain.recipe import Recipe
 
+POLICY_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "fp16", "optimizer", "scheduler", "zero_optimization", "zero_allow_untested_optimizer", "data_types",
+    "zero_force_ds_cpu_optimizer", "communication_data_type", "steps_per_print", "wall_clock_breakdown", "comms_logger",
+    "flops_profiler", "aio", "activation_checkpointing", "prescale_gradients", "gradient_predivide_factor",
+)  # fmt: skip
 SHIPPED = Path(__file__).resolve().parents[2] / "deepspeed_configs"
 
 
@@ -35,6 +42,17 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
         "bf16": {"enabled": recipe.precision == "bf16"},
     }
     problems: list[str] = []
+    for key in policy:
+        near = difflib.get_close_matches(key, POLICY_KEYS, n=1, cutoff=0.75)
+        if near and key not in POLICY_KEYS:
+            problems.append(f"{path} has {key!r}, which DeepSpeed would ignore; did you mean {near[0]!r}?")
+    zero = policy.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"{path} has zero_optimization {zero!r}, must be an object with stage 0, 1, 2 or 3")
+    if not isinstance(policy.get("bf16", {}), dict):
+        problems.append(f"{path} has bf16 {policy['bf16']!r}, must be an object")
+    if problems:
+        raise RecipeError(problems, f"the sharding of {recipe.name}")
     merged = _fill(policy, owned, "", str(path), problems)
     for forbidden in ("optimizer", "scheduler", "fp16"):
         if forbidden in policy:
@@ -80,4 +98,6 @@ def _fill(given: dict[str, Any], owned: dict[str, Any], prefix: str, path: str, 
     for key, value in given.items():
         if value == "auto" and key not in owned:
             problems.append(f"{path} has {prefix}{key} = auto, but the recipe does not own that value")
+        elif isinstance(value, dict) and key not in owned:
+            _fill(value, {}, f"{prefix}{key}.", path, problems)
     return merged

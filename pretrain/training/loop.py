@@ -13,7 +13,7 @@ import torch.distributed as dist
 from pretrain.checkpointing.checkpoint import Progress, load_checkpoint, save_checkpoint
 from pretrain.checkpointing.folder import latest_checkpoint
 from pretrain.console import bar, say
-from pretrain.data.loader import TrainingBatches, training_dataset
+from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
 from pretrain.errors import NonFiniteError
 from pretrain.evaluation.geometry import measure_geometry
 from pretrain.files import write_json
@@ -26,8 +26,6 @@ from pretrain.training.metrics import MetricsWriter
 from pretrain.training.schedule import learning_rate
 from pretrain.training.setup import Run, build_run
 from pretrain.training.validation import measure_perplexity
-
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 
 def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -> Progress:
@@ -133,7 +131,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> StepResult:
         norm = apply_update(engine, rate)
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"step {step + 1}: {error}. Nothing was updated; the last checkpoint is good. "
+            f"step {step + 1}: {error}. Nothing was updated, and checkpoints saved before are good. "
             "A lower learning rate, gradient clipping or fp32 are the usual ways out"
         ) from error
     run.progress = Progress(

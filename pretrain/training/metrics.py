@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import write_text
+from pretrain.files import without_infinities, write_text
 
 
 class MetricsWriter:
@@ -48,7 +48,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(tensorboard_folder), purge_step=done_steps + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        record = without_infinities(record)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._board is not None:

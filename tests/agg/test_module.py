@@ -68,6 +68,18 @@ def test_state_dict_holds_the_counts():
     assert second.frequency.appearances.sum() == (problem.target >= 0).sum()
 
 
+def test_under_autocast_mixed_dtypes_are_cast():
+    """The normal state of a mixed-precision trainer: hidden states in bf16, the weight in fp32."""
+    problem = make_problem()
+    module, weight = build(problem), problem.weight.float().requires_grad_()
+    hidden = problem.hidden.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module(hidden, weight, problem.target)
+    loss.backward()
+    assert loss.dtype == torch.float32 and weight.grad.dtype == torch.float32
+    assert torch.allclose(loss.double(), module.eval()(problem.hidden, problem.weight, problem.target), rtol=1e-2)
+
+
 def test_mixing_the_two_ways_of_counting_is_refused():
     problem = make_problem()
     module = build(problem)

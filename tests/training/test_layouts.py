@@ -90,6 +90,27 @@ def test_bf16_follows_fp32(prepared_recipe, alone, tmp_path, stage, tensor_paral
     assert [r["grad_norm"] for r in records] == pytest.approx([r["grad_norm"] for r in expected], rel=0.05)
 
 
+@pytest.mark.parametrize("sharding", ["zero2_offload", "zero3_offload"])
+def test_offload(prepared_recipe, alone, tmp_path, sharding):
+    recipe = change(
+        prepared_recipe,
+        output_root=str(tmp_path),
+        model={"num_query_groups": 4},
+        batch={"train_steps": 6},
+        parallel={"sharding": sharding},
+    )
+    assert losses(train_on_ranks(recipe, 2)) == pytest.approx(losses(alone("gpt2", "agg")), abs=2e-5)
+
+
+def test_smoothing_and_excluded_ids_on_tensor_parallel_ranks(prepared_recipe, tmp_path):
+    recipe = change(prepared_recipe, objective={"label_smoothing": 0.1, "never_seen": "exclude"})
+    one = train_on_ranks(change(recipe, output_root=str(tmp_path / "1")), 1)
+    two = change(recipe, output_root=str(tmp_path / "2"), parallel={"tensor_model_parallel_size": 2})
+    records = train_on_ranks(two, 2)
+    assert losses(records) == pytest.approx(losses(one), abs=2e-5)
+    assert [r["rare_fraction"] for r in records] == [r["rare_fraction"] for r in one]
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
 def test_micro_batches(prepared_recipe, alone, tmp_path, micro_batch_size):
     recipe = change(
