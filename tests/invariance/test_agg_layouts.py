@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agg import TokenFrequency, VocabShard, gated_linear_cross_entropy, rarity_gates
+from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy, rarity_gates
 from tests.agg.problems import dense_answer, make_problem, weigh
 from tests.distributed import run_ranks
 
@@ -106,6 +106,75 @@ def test_loss_and_gradients_fp64(tensor_parallel, options):
         assert torch.allclose(rank_loss, loss, atol=1e-12, rtol=1e-12)
         assert torch.allclose(rank_hidden_grad, hidden_grad, atol=1e-12, rtol=0)
     assert torch.allclose(torch.cat([grad for *_, grad in ranks]), weight_grad, atol=1e-12, rtol=0)
+
+
+def whole_step(dtype: torch.dtype):
+    """Counts, gates, summed loss and gradients of one global batch in one process."""
+    problem = make_problem(tokens=64, ignored=0.0)
+    target = layout_targets(problem)
+    shard = problem.shard(0, 1)
+    frequency = TokenFrequency(shard, 3)
+    frequency.update(target)
+    gates = rarity_gates(
+        frequency.appearances, tokens=frequency.tokens, alpha=1.5, reference_batch_tokens=64, shard=shard
+    )
+    hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
+    weight = problem.weight.to(dtype, copy=True).requires_grad_()
+    loss = gated_linear_cross_entropy(hidden, weight, target, gates, shard, reduction="sum")
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad, gates
+
+
+def layout_targets(problem) -> torch.Tensor:
+    target = problem.target.clone()
+    target[:16] = -100  # the first of four data-parallel ranks has no valid target
+    return target
+
+
+def part_of_step(rank: int, world_size: int, data_parallel: int, tensor_parallel: int, micro_batches: int, dtype):
+    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
+    problem = make_problem(tokens=64, ignored=0.0)
+    shard = problem.shard(dist.get_rank(tp_group), tensor_parallel, tp_group)
+    target = layout_targets(problem).chunk(data_parallel)[dist.get_rank(dp_group)]
+    hidden = problem.hidden.chunk(data_parallel)[dist.get_rank(dp_group)].to(dtype, copy=True).requires_grad_()
+    weight = problem.weight[shard.start : shard.stop].to(dtype, copy=True).requires_grad_()
+    module = AdaptiveGradientGating(
+        shard, alpha=1.5, window_steps=3, reference_batch_tokens=64, data_parallel_group=dp_group
+    )
+    module.begin_step(target)
+    losses = []
+    for part, its_target in zip(hidden.chunk(micro_batches), target.chunk(micro_batches), strict=True):
+        loss = module(part, weight, its_target, reduction="sum")
+        loss.backward()
+        losses.append(loss.detach())
+    total = torch.stack(losses).sum()
+    dist.all_reduce(total, group=dp_group)
+    dist.all_reduce(weight.grad, group=dp_group)
+    return dist.get_rank(dp_group), shard.start, total, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("data_parallel", [1, 2, 4])
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+@pytest.mark.parametrize(("micro_batches", "dtype"), [(1, torch.float64), (4, torch.float64), (2, torch.float32)])
+def test_a_step_on_every_layout(data_parallel, tensor_parallel, micro_batches, dtype):
+    """fp64 to 1e-12; fp32 within twice the error of the single process against fp64."""
+    exact, single = whole_step(torch.float64), whole_step(dtype)
+    assert exact[3].rare.any() and not torch.equal(exact[3].g1, torch.ones(512))
+    ranks = run_ranks(
+        part_of_step, data_parallel * tensor_parallel, data_parallel, tensor_parallel, micro_batches, dtype
+    )
+    hidden_grads = {dp_rank: hidden_grad for dp_rank, _, _, hidden_grad, _ in ranks}
+    weight_grads = {start: weight_grad for _, start, _, _, weight_grad in ranks}
+    mine = (
+        ranks[0][2],
+        torch.cat([hidden_grads[key] for key in sorted(hidden_grads)]),
+        torch.cat([weight_grads[key] for key in sorted(weight_grads)]),
+    )
+    assert all(torch.equal(rank[2], ranks[0][2]) for rank in ranks)
+    for got, reference, truth in zip(mine, single, exact, strict=False):
+        scale = truth.abs().max()
+        error, budget = ((x.double() - truth).abs().max() / scale for x in (got, reference))
+        assert error <= (1e-12 if dtype == torch.float64 else 2 * budget + torch.finfo(dtype).eps)
 
 
 def test_a_rank_that_only_pads():
