@@ -82,17 +82,7 @@ class TokenFrequency:
             self._slots = {
                 slot: (rows.to(targets.device), n.to(targets.device)) for slot, (rows, n) in self._slots.items()
             }
-        size = len(self.shard)
-        flat = targets.reshape(-1)
-        flat = flat[flat != ignore_index]
-        valid = (flat >= 0) & (flat < self.shard.vocab_size)
-        delta = torch.zeros(size + 2, dtype=torch.int32, device=totals.device)
-        rows = flat - self.shard.start
-        rows = rows[valid & (rows >= 0) & (rows < size)]
-        delta[:size] = torch.bincount(rows, minlength=size)
-        delta[size] = flat.numel()
-        delta[size + 1] = flat.numel() - valid.sum()
-
+        delta = step_histogram(targets, self.shard, ignore_index)
         slot = self._updates % self.window_steps
         leaving = self._slots.get(slot)
         if leaving is not None:
@@ -127,14 +117,7 @@ class TokenFrequency:
         if work is not None:
             work.wait()
         self._pending = None
-        if delta.device.type == "cpu":
-            if delta[-1] > 0:
-                raise ValueError(
-                    f"{int(delta[-1])} targets of this step are outside the vocabulary of {self.shard.vocab_size} ids"
-                )
-        else:
-            torch._assert_async(delta[-1] == 0)  # reading it would stall the device
-        delta = delta[:-1]
+        delta = checked_histogram(delta, self.shard)
         slot = self._updates % self.window_steps
         leaving = self._slots.pop(slot, None)
         if slot % self._world_size == self._rank:
@@ -205,6 +188,7 @@ class TokenFrequency:
         for part in parts:
             for key, expected in (
                 ("version", STATE_VERSION),
+                ("window", None),
                 ("window_steps", self.window_steps),
                 ("vocab_size", self.shard.vocab_size),
                 ("updates", parts[0]["updates"]),
@@ -239,3 +223,33 @@ class TokenFrequency:
             )
         rows = histogram.nonzero().squeeze(1).to(torch.int32)
         return rows, histogram[rows]
+
+
+def step_histogram(targets: torch.Tensor, shard: VocabShard, ignore_index: int) -> torch.Tensor:
+    """int32 [V_local + 2]: occurrences of each row, then how many targets, then how many outside the vocabulary."""
+    size = len(shard)
+    flat = targets.reshape(-1)
+    flat = flat[flat != ignore_index]
+    valid = (flat >= 0) & (flat < shard.vocab_size)
+    histogram = torch.zeros(size + 2, dtype=torch.int32, device=targets.device)
+    rows = flat - shard.start
+    rows = rows[valid & (rows >= 0) & (rows < size)]
+    histogram[:size] = torch.bincount(rows, minlength=size)
+    histogram[size] = flat.numel()
+    histogram[size + 1] = flat.numel() - valid.sum()
+    return histogram
+
+
+def checked_histogram(histogram: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """[V_local + 1]: without the last entry, which must be 0 on all ranks.
+
+    Raises:
+        ValueError: some rank had targets outside the vocabulary.
+    """
+    if histogram.device.type != "cpu":
+        torch._assert_async(histogram[-1] == 0)  # reading it would stall the device
+    elif histogram[-1] > 0:
+        raise ValueError(
+            f"{int(histogram[-1])} targets of this step are outside the vocabulary of {shard.vocab_size} ids"
+        )
+    return histogram[:-1]

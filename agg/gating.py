@@ -32,7 +32,7 @@ def rarity_gates(
     appearances: torch.Tensor,
     *,
     tokens: int | torch.Tensor,
-    alpha: float,
+    alpha: float | torch.Tensor,
     reference_batch_tokens: int,
     shard: VocabShard,
     excluded_ids: Sequence[int] | torch.Tensor = (),
@@ -44,9 +44,9 @@ def rarity_gates(
     Token k is rare if ``r_k < alpha``; then ``g1_k = min(r_k, 1)`` and ``g2_k = min(a_k / mean_{j rare} a_j, 1)``.
 
     Args:
-        appearances: int64 [V_local], ``TokenFrequency.appearances``.
+        appearances: [V_local], ``TokenFrequency.appearances``.
         tokens: targets counted in the window, ``TokenFrequency.tokens``.
-        alpha: threshold, above 0.
+        alpha: threshold, above 0; or a tensor [] of :func:`alpha_of_rare_fraction`.
         reference_batch_tokens: unit of rarity, in tokens.
         shard: these rows; the mean over rare tokens is taken over its whole tensor-parallel group.
         excluded_ids: global ids that are never rare and enter no mean (bos, eos, pad, unk). Ids that pad the
@@ -57,7 +57,7 @@ def rarity_gates(
     """
     if appearances.shape != (len(shard),):
         raise ValueError(f"appearances have shape {tuple(appearances.shape)}, this shard has {len(shard)} rows")
-    if not alpha > 0:
+    if not isinstance(alpha, torch.Tensor) and not alpha > 0:
         raise ValueError(f"alpha is {alpha}, must be above 0")
     if reference_batch_tokens < 1:
         raise ValueError(f"reference_batch_tokens is {reference_batch_tokens}, must be at least 1")
@@ -65,12 +65,52 @@ def rarity_gates(
     counted = torch.as_tensor(tokens, dtype=torch.float64, device=device).clamp(min=1)
     rarity = appearances.double() / counted * reference_batch_tokens
     rare = (rarity < alpha) & (shard.global_ids(device) < shard.vocab_size)
-    excluded = torch.as_tensor(excluded_ids, dtype=torch.int64, device=device)
-    rare[excluded[(excluded >= shard.start) & (excluded < shard.stop)] - shard.start] = False
+    rare &= ~_excluded_rows(excluded_ids, shard, device)
 
-    over_rare = shard.all_reduce(torch.stack([torch.where(rare, appearances, 0).sum(), rare.sum()])).double()
+    over_rare = shard.all_reduce(torch.stack([torch.where(rare, appearances, 0).sum().double(), rare.sum().double()]))
     # No rare token has occurred: then no position has a rare target either, and g2 is not used.
     share_of_mean = (appearances.double() * over_rare[1] / over_rare[0]).nan_to_num(nan=0.0, posinf=1.0)
     g1 = torch.where(rare, rarity.clamp(max=1), 1.0).float()
     g2 = torch.where(rare, share_of_mean.clamp(max=1), 1.0).float()
     return Gates(rare, g1, g2)
+
+
+def alpha_of_rare_fraction(
+    appearances: torch.Tensor,
+    rare_fraction: float,
+    *,
+    tokens: int | torch.Tensor,
+    reference_batch_tokens: int,
+    shard: VocabShard,
+    excluded_ids: Sequence[int] | torch.Tensor = (),
+) -> torch.Tensor:
+    """The alpha below which ``rare_fraction`` of the vocabulary lies, or as much less as equal counts force.
+
+    The share is of the ids that have occurred, are not excluded and do not only pad. Of the whole vocabulary more may
+    then be rare: ids that have not occurred are below any alpha, unless they are excluded. One gather of V counts over
+    the tensor-parallel group.
+
+    Returns:
+        float64 []; 0, and so no rare token, where fewer than ``1 / rare_fraction`` ids have occurred.
+
+    Raises:
+        ValueError: ``rare_fraction`` is not above 0 and below 1.
+    """
+    if not 0 < rare_fraction < 1:
+        raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
+    device = appearances.device
+    counted = (appearances > 0) & (shard.global_ids(device) < shard.vocab_size)
+    counted &= ~_excluded_rows(excluded_ids, shard, device)
+    # Ids that are not counted sort behind all that are.
+    counts = shard.all_gather(torch.where(counted, appearances.double(), torch.inf)).flatten().sort().values
+    place = (torch.isfinite(counts).sum() * rare_fraction).long()
+    threshold = torch.where(place > 0, counts[place], 0.0)
+    return threshold / torch.as_tensor(tokens, dtype=torch.float64, device=device).clamp(min=1) * reference_batch_tokens
+
+
+def _excluded_rows(ids: Sequence[int] | torch.Tensor, shard: VocabShard, device: torch.device) -> torch.Tensor:
+    """bool [V_local]"""
+    rows, here = shard.to_local(torch.as_tensor(ids, dtype=torch.int64, device=device))
+    excluded = torch.zeros(len(shard), dtype=torch.bool, device=device)
+    excluded[rows[here]] = True
+    return excluded

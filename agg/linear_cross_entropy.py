@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from agg.gating import Gates
 from agg.vocab_shard import VocabShard
@@ -316,8 +315,7 @@ def _softmax_parts(
         local_norm = largest - local_p.amax(1).log()  # the largest p is 1 / sum(exp(logits - largest))
     if shard.world_size == 1:
         return local_p, local_norm, torch.ones_like(own), own
-    gathered = own.new_empty(shard.world_size, 2, len(logits))
-    dist.all_gather(list(gathered.unbind()), torch.stack([local_norm, own]), group=shard.group)
+    gathered = shard.all_gather(torch.stack([local_norm, own]))
     log_norm = gathered[:, 0].logsumexp(0)
     return local_p, log_norm, (local_norm - log_norm).exp(), gathered[:, 1].sum(0)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from agg.decayed_frequency import DecayedTokenFrequency
 from agg.frequency import TokenFrequency
-from agg.gating import Gates, rarity_gates
+from agg.gating import Gates, alpha_of_rare_fraction, rarity_gates
 from agg.linear_cross_entropy import gated_linear_cross_entropy
 from agg.vocab_shard import VocabShard
 
@@ -22,8 +23,10 @@ class AdaptiveGradientGating(torch.nn.Module):
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
-        alpha: tokens with fewer occurrences per ``reference_batch_tokens`` are rare.
+        alpha: tokens with fewer occurrences per ``reference_batch_tokens`` are rare. Or give
+        rare_fraction: this share of the ids that have occurred is rare, whatever the corpus.
         window_steps: optimizer steps over which occurrences are counted; one epoch is the paper's choice.
+        window: ``sliding`` is exact; ``exponential`` fades by ``1 - 1 / window_steps`` and needs no history.
         reference_batch_tokens: unit of alpha.
         excluded_ids: ids that are never rare (bos, eos, pad, unk).
         data_parallel_group: ranks that see other parts of the global batch.
@@ -34,8 +37,10 @@ class AdaptiveGradientGating(torch.nn.Module):
         self,
         shard: VocabShard,
         *,
-        alpha: float,
+        alpha: float | None = None,
+        rare_fraction: float | None = None,
         window_steps: int,
+        window: Literal["sliding", "exponential"] = "sliding",
         reference_batch_tokens: int = 32_768,
         excluded_ids: Sequence[int] | torch.Tensor = (),
         data_parallel_group: dist.ProcessGroup | None = None,
@@ -45,17 +50,27 @@ class AdaptiveGradientGating(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.shard = shard
-        self.alpha = alpha
+        self.alpha, self.rare_fraction = alpha, rare_fraction
         self.reference_batch_tokens = reference_batch_tokens
         self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.chunk_tokens = chunk_tokens
-        self.frequency = TokenFrequency(shard, window_steps, data_parallel_group)
+        kinds: dict[str, type[TokenFrequency] | type[DecayedTokenFrequency]] = {
+            "sliding": TokenFrequency,
+            "exponential": DecayedTokenFrequency,
+        }
+        if window not in kinds:
+            raise ValueError(f"window is {window!r}, must be sliding or exponential")
+        self.frequency = kinds[window](shard, window_steps, data_parallel_group)
         self.gates: Gates | None = None  # of the current step
         self._explicit_steps: bool | None = None
-        if not alpha > 0:
+        if (alpha is None) == (rare_fraction is None):
+            raise ValueError(f"give alpha or rare_fraction, and not both: got {alpha} and {rare_fraction}")
+        if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha is {alpha}, must be above 0")
+        if rare_fraction is not None and not 0 < rare_fraction < 1:
+            raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
 
     def begin_step(self, targets: torch.Tensor) -> None:
         """Count all targets of this rank in the coming optimizer step, of any shape."""
@@ -68,14 +83,17 @@ class AdaptiveGradientGating(torch.nn.Module):
         if self.gates is None:
             appearances = self.frequency.appearances
             self.excluded_ids = self.excluded_ids.to(appearances.device)
-            self.gates = rarity_gates(
-                appearances,
-                tokens=self.frequency.tokens,
-                alpha=self.alpha,
-                reference_batch_tokens=self.reference_batch_tokens,
-                shard=self.shard,
-                excluded_ids=self.excluded_ids,
-            )
+            common: dict[str, Any] = {
+                "tokens": self.frequency.tokens,
+                "reference_batch_tokens": self.reference_batch_tokens,
+                "shard": self.shard,
+                "excluded_ids": self.excluded_ids,
+            }
+            alpha: float | torch.Tensor | None = self.alpha
+            if self.rare_fraction is not None:
+                alpha = alpha_of_rare_fraction(appearances, self.rare_fraction, **common)
+            assert alpha is not None
+            self.gates = rarity_gates(appearances, alpha=alpha, **common)
         return self.gates
 
     def forward(

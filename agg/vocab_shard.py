@@ -78,6 +78,14 @@ class VocabShard:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[...] of each tensor-parallel rank, of one shape, to [ranks, ...]."""
+        if self.world_size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.group)
+        return gathered
+
 
 def padded_vocab_size(vocab_size: int, multiple_of: int) -> int:
     """The next multiple of ``multiple_of`` at or above ``vocab_size``."""

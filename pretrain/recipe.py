@@ -96,11 +96,18 @@ class ObjectiveRecipe:
     """``mle`` is the plain cross-entropy, ``agg`` the same with gated output-embedding gradients."""
 
     method: Literal["mle", "agg"] = "agg"
-    alpha: float = 0.03  # rare: fewer occurrences than this per reference_batch_tokens
+    alpha: float | None = None  # rare: fewer occurrences per reference_batch_tokens; None: 0.03, or by rare_fraction
+    rare_fraction: float | None = None  # this share of the ids that have occurred is rare
     reference_batch_tokens: int = 32_768
+    window: Literal["sliding", "exponential"] = "sliding"
     window_steps: int | None = None  # optimizer steps that are counted; None: one epoch
     never_seen: Literal["gate", "exclude"] = "gate"  # ids that do not occur in the train shards
     label_smoothing: float = 0.0
+
+    @property
+    def effective_alpha(self) -> float | None:
+        """The paper's 0.03 where nothing is given; None where ``rare_fraction`` decides."""
+        return 0.03 if self.alpha is None and self.rare_fraction is None else self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +249,7 @@ def _range_problems(recipe: Recipe) -> list[str]:
     }
     positive = {
         "objective.alpha": objective.alpha,
+        "objective.rare_fraction": objective.rare_fraction,
         "optimizer.learning_rate": optimizer.learning_rate,
         "optimizer.epsilon": optimizer.epsilon,
         "model.init_std": model.init_std,
@@ -261,11 +269,17 @@ def _range_problems(recipe: Recipe) -> list[str]:
         if value is not None and value < 1
     ]
     problems += [f"{key} is {value}, must not be negative" for key, value in not_negative.items() if not value >= 0]
-    problems += [f"{key} is {value}, must be above 0" for key, value in positive.items() if not value > 0]
+    problems += [
+        f"{key} is {value}, must be above 0" for key, value in positive.items() if value is not None and not value > 0
+    ]
     problems += [f"{key} is {value}, must be finite" for key, value in numbers.items() if value == math.inf]
     if not 0 <= recipe.seed < 2**32:
         problems.append(f"seed is {recipe.seed}, must be at least 0 and below 2**32")
     problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
+    if objective.alpha is not None and objective.rare_fraction is not None:
+        problems.append("objective.alpha and objective.rare_fraction both say what is rare: give one of them")
+    if objective.rare_fraction is not None and objective.rare_fraction >= 1:
+        problems.append(f"objective.rare_fraction is {objective.rare_fraction}, must be below 1")
     if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
         problems.append(f"name is {recipe.name!r}, must be a plain folder name: the run is written to output_root/name")
     if not recipe.data.folder:

@@ -77,6 +77,11 @@ def test_what_does_not_divide(write_recipe, capfd, tmp_path, overrides, part):
     assert not (tmp_path / "runs").exists()
 
 
+def test_two_ways_to_say_what_is_rare(write_recipe, capfd):
+    message = refused(capfd, "train", write_recipe(), "objective.rare_fraction=0.3")
+    assert "objective.alpha and objective.rare_fraction both say what is rare" in message
+
+
 def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
     policy = tmp_path / "mine.json"
     policy.write_text(

@@ -91,8 +91,8 @@ def test_no_key_of_a_recipe_is_unread():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)
     }
-    # read through properties of the recipe: run_folder, tied, ffn_size, query_groups, local_world_size
-    through_properties = {"output_root", "tied_embeddings", "ffn_hidden_size", "num_query_groups"}
+    # read through properties of the recipe: effective_alpha, run_folder, tied, ffn_size, query_groups, local_world_size
+    through_properties = {"alpha", "output_root", "tied_embeddings", "ffn_hidden_size", "num_query_groups"}
 
     def fields(cls: type) -> set[str]:
         hints = typing.get_type_hints(cls)

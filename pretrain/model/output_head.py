@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from agg import VocabShard, gated_linear_cross_entropy
 
@@ -48,16 +47,8 @@ class OutputHead(torch.nn.Module):
     def _plain_loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return gated_linear_cross_entropy(hidden, weight, target, None, self.shard, reduction="sum")
 
-    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[...] of each tensor-parallel rank to [ranks, ...]."""
-        if self.shard.world_size == 1:
-            return tensor[None]
-        parts = [torch.empty_like(tensor) for _ in range(self.shard.world_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.shard.group)
-        return torch.stack(parts)
-
     def _all_logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.cat(list(self._gather((hidden @ weight.T).float())), dim=1)[:, : self.shard.vocab_size]
+        return torch.cat(list(self.shard.all_gather((hidden @ weight.T).float())), dim=1)[:, : self.shard.vocab_size]
 
     def _predictions(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """int64 [T]: the most likely id of each position; of equals the lowest, on every layout."""
@@ -68,6 +59,6 @@ class OutputHead(torch.nn.Module):
                 best, row = (chunk @ real.T).float().max(1)
             else:
                 best, row = chunk.new_full((len(chunk),), -torch.inf).float(), chunk.new_zeros(len(chunk)).long()
-            values, ids = self._gather(best), self._gather(row + self.shard.start)
+            values, ids = self.shard.all_gather(best), self.shard.all_gather(row + self.shard.start)
             found.append(ids.gather(0, values.argmax(0, keepdim=True))[0])
         return torch.cat(found)

@@ -179,8 +179,9 @@ def _method(record: RunRecord) -> str:
     objective = look_up(record.recipe, ("objective",))
     if name != "agg" or not isinstance(objective, dict):
         return {"mle": "plain cross-entropy (mle)"}.get(name, name)
-    window = objective.get("window_steps")
+    window, fraction = objective.get("window_steps"), objective.get("rare_fraction")
+    rare = f"alpha {objective.get('alpha') or 0.03}" if fraction is None else f"rare fraction {fraction}"
     return (
-        f"adaptive gradient gating (agg): alpha {objective.get('alpha')}, counted over "
+        f"adaptive gradient gating (agg): {rare}, counted over "
         f"{'one epoch' if window is None else f'{window} steps'}, never-seen ids: {objective.get('never_seen')}"
     )

@@ -89,7 +89,9 @@ def build_objective(
     return GatedObjective(
         AdaptiveGradientGating(
             shard,
-            alpha=recipe.alpha,
+            alpha=recipe.effective_alpha,
+            rare_fraction=recipe.rare_fraction,
+            window=recipe.window,
             window_steps=recipe.window_steps or steps_per_epoch,
             reference_batch_tokens=recipe.reference_batch_tokens,
             excluded_ids=excluded,

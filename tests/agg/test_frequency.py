@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agg import TokenFrequency, VocabShard
+from agg import DecayedTokenFrequency, TokenFrequency, VocabShard
 
 
 def batches(steps: int, tokens: int = 30, vocab_size: int = 50) -> list[torch.Tensor]:
@@ -60,6 +60,48 @@ def test_state_continues_the_window():
     for batch in seen:
         whole.update(batch)
     assert torch.equal(whole.appearances, second.appearances) and whole.tokens == second.tokens
+
+
+def test_exponential_window_fades():
+    seen, frequency = batches(6), DecayedTokenFrequency(VocabShard.of_rank(50, 0, 1), 4)
+    expected = torch.zeros(128, dtype=torch.float64)
+    for step, batch in enumerate(seen):
+        frequency.update(batch)
+        expected = 0.75 * expected + recount([batch])
+        assert torch.equal(frequency.appearances, expected)
+        assert frequency.tokens.item() == pytest.approx(expected.sum().item(), rel=1e-14)
+        assert frequency.steps == min(step + 1, 4)
+    before = frequency.appearances.clone()
+    frequency.update(seen[0])
+    frequency.undo_update()
+    assert torch.equal(frequency.appearances, before)
+    with pytest.raises(RuntimeError, match="only the last one"):
+        frequency.undo_update()
+    again = DecayedTokenFrequency(VocabShard.of_rank(50, 0, 1), 4)
+    again.load_state_dict(frequency.state_dict())
+    assert torch.equal(again.appearances, before) and again.tokens == frequency.tokens
+
+
+def test_a_steady_token_is_as_rare_in_both_windows():
+    shard, batch = VocabShard.of_rank(50, 0, 1), batches(1)[0]
+    rarities = []
+    for kind in (TokenFrequency, DecayedTokenFrequency):
+        frequency = kind(shard, 5)
+        for _ in range(30):
+            frequency.update(batch)
+        rarities.append(frequency.appearances.double() / frequency.tokens)
+    assert torch.allclose(*rarities, rtol=1e-12)
+
+
+def test_one_kind_of_window_does_not_load_the_other():
+    shard = VocabShard.of_rank(50, 0, 1)
+    one, other = TokenFrequency(shard, 3), DecayedTokenFrequency(shard, 3)
+    one.update(batches(1)[0])
+    other.update(batches(1)[0])
+    with pytest.raises(ValueError, match="window None, this run has exponential"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="window exponential, this run has None"):
+        one.load_state_dict(other.state_dict())
 
 
 def test_bad_input():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from agg import VocabShard, rarity_gates
+from agg import VocabShard, alpha_of_rare_fraction, rarity_gates
+from tests.distributed import run_ranks
 
 SHARD = VocabShard(0, 8, 7)  # the last row only pads
 
@@ -51,6 +53,52 @@ def test_nothing_counted_yet():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         gates_of([1] * 8, **options)
+
+
+def fraction_gates(counts, fraction, **options):
+    common = {"tokens": sum(counts), "reference_batch_tokens": 32, "shard": VocabShard(0, len(counts), len(counts))}
+    common |= options
+    appearances = torch.tensor(counts)
+    alpha = alpha_of_rare_fraction(appearances, fraction, **common)
+    return rarity_gates(appearances, alpha=alpha, **common)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_rare_fraction_is_what_is_asked_for(fraction, scale):
+    """Whatever the corpus: the same share for counts a thousand times as large."""
+    counts = [scale * (3 * k + 1) for k in range(100)]
+    assert fraction_gates(counts, fraction).rare.sum() == int(100 * fraction)
+
+
+def test_rare_fraction_with_equal_counts_special_and_unseen_ids():
+    counts = [5, 5, 5, 5, 9, 9, 20, 30, 0, 0, 1, 1]
+    assert fraction_gates(counts, 0.5).rare.tolist() == [False] * 8 + [True] * 4  # 7 of 10 would be too many
+    assert fraction_gates(counts, 0.6, excluded_ids=(8, 10)).rare.tolist() == (
+        [True] * 4 + [False] * 4 + [False, True, False, True]
+    )
+    assert not fraction_gates([7, 3, 0, 0], 0.1).rare.any()
+
+
+def split_fraction(rank, world_size):
+    shard = VocabShard.of_rank(507, rank, world_size, dist.group.WORLD)
+    counts = (4000 / (1 + torch.arange(512))).long()
+    common = {"tokens": 27_000, "reference_batch_tokens": 64, "shard": shard, "excluded_ids": (3, 400)}
+    local = counts[shard.start : shard.stop]
+    return rarity_gates(local, alpha=alpha_of_rare_fraction(local, 0.3, **common), **common).rare
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rare_fraction_on_a_split_vocabulary(world_size):
+    (whole,) = run_ranks(split_fraction, 1)
+    assert torch.equal(torch.cat(run_ranks(split_fraction, world_size)), whole)
+    assert 120 <= whole.sum() <= 152
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, float("nan")])
+def test_bad_rare_fraction(fraction):
+    with pytest.raises(ValueError, match="rare_fraction is"):
+        fraction_gates([1, 2, 3], fraction)
 
 
 def test_shards_tile_the_padded_vocabulary():

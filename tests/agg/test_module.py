@@ -36,6 +36,16 @@ def test_counts_then_gates_then_loss():
     assert torch.equal(*grads)
 
 
+def test_rare_fraction_and_a_fading_window():
+    problem = make_problem(ignored=0.0)
+    module = build(problem, alpha=None, rare_fraction=0.5, window="exponential", window_steps=2)
+    for _ in range(3):
+        module(problem.hidden, problem.weight, problem.target)
+    assert module.frequency.tokens == 96 * 1.75
+    rare, counts = module.current_gates().rare[:507], module.frequency.appearances[:507]
+    assert rare[counts == 0].all() and not rare[counts == counts.max()].any()
+
+
 def test_micro_batches_equal_the_whole_batch():
     problem = make_problem(ignored=0.0)
     grads = []
@@ -88,7 +98,17 @@ def test_mixing_the_two_ways_of_counting_is_refused():
         module.begin_step(problem.target)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"alpha": -1.0}, "alpha"), ({"window_steps": 0}, "window_steps")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1.0}, "alpha"),
+        ({"window_steps": 0}, "window_steps"),
+        ({"alpha": None}, "give alpha or rare_fraction"),
+        ({"rare_fraction": 0.2}, "not both"),
+        ({"alpha": None, "rare_fraction": 1.0}, "below 1"),
+        ({"window": "fading"}, "window is 'fading'"),
+    ],
+)
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         build(make_problem(), **options)

@@ -102,6 +102,17 @@ def test_offload(prepared_recipe, alone, tmp_path, sharding):
     assert losses(train_on_ranks(recipe, 2)) == pytest.approx(losses(alone("gpt2", "agg")), abs=2e-5)
 
 
+def test_rare_fraction_and_fading_window_resume_and_agree(prepared_recipe, tmp_path):
+    recipe = change(prepared_recipe, objective={"alpha": None, "rare_fraction": 0.3, "window": "exponential"})
+    one = train_on_ranks(change(recipe, output_root=str(tmp_path / "1")), 1)
+    two = change(recipe, output_root=str(tmp_path / "2"), parallel={"tensor_model_parallel_size": 2})
+    train_on_ranks(two, 2, stop_at_step=3)
+    records = train_on_ranks(two, 2)
+    assert losses(records) == pytest.approx(losses(one), abs=2e-5)
+    assert [r["rare_fraction"] for r in records] == [r["rare_fraction"] for r in one]
+    assert one[-1]["rare_fraction"] > 0.2
+
+
 def test_smoothing_and_excluded_ids_on_tensor_parallel_ranks(prepared_recipe, tmp_path):
     recipe = change(prepared_recipe, objective={"label_smoothing": 0.1, "never_seen": "exclude"})
     one = train_on_ranks(change(recipe, output_root=str(tmp_path / "1")), 1)
