@@ -57,8 +57,8 @@ def test_document_per(tmp_path: Path, per: Any, expected: list[str]) -> None:
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
+        from pyarrow import parquet
 
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
@@ -115,7 +115,7 @@ def test_split_that_ends_up_empty(tmp_path: Path) -> None:
 
 
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("Couldn't reach the hub")
@@ -126,7 +126,7 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_splits_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def rows(name: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
         return iter([{"text": f"{split} {i}"} for i in range(40)] + [{"text": " "}])
