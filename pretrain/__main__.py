@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain", description="Pretraining with Adaptive Gradient Gating."
     )
+    # The deepspeed launcher puts this before the verb; the environment says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:

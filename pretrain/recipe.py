@@ -194,6 +194,7 @@ class Recipe:
         problems = [
             *_range_problems(self),
             *_corpus_problems(self.data.corpus),
+            *_objective_problems(self.objective),
             *_model_problems(self),
             *_schedule_problems(self),
         ]
@@ -276,14 +277,19 @@ def _range_problems(recipe: Recipe) -> list[str]:
     if not 0 <= recipe.seed < 2**32:
         problems.append(f"seed is {recipe.seed}, must be at least 0 and below 2**32")
     problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
-    if objective.alpha is not None and objective.rare_fraction is not None:
-        problems.append("objective.alpha and objective.rare_fraction both say what is rare: give one of them")
-    if objective.rare_fraction is not None and objective.rare_fraction >= 1:
-        problems.append(f"objective.rare_fraction is {objective.rare_fraction}, must be below 1")
     if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
         problems.append(f"name is {recipe.name!r}, must be a plain folder name: the run is written to output_root/name")
     if not recipe.data.folder:
         problems.append("data.folder is empty: name the folder for the tokenizer and the shards")
+    return problems
+
+
+def _objective_problems(objective: ObjectiveRecipe) -> list[str]:
+    problems = []
+    if objective.alpha is not None and objective.rare_fraction is not None:
+        problems.append("objective.alpha and objective.rare_fraction both say what is rare: give one of them")
+    if objective.rare_fraction is not None and objective.rare_fraction >= 1:
+        problems.append(f"objective.rare_fraction is {objective.rare_fraction}, must be below 1")
     return problems
 
 

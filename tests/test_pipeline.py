@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.launch import _free_port
 from pretrain.recipe_io import recipe_to_dict
 from tests.small_runs import change
 
@@ -198,14 +199,19 @@ def test_tensorboard(runs, tmp_path):
     assert "validation_perplexity/total" in board.Tags()["scalars"]
 
 
-def test_joins_the_ranks_of_a_launcher(runs, tmp_path):
-    """torchrun started them; train must not start more, and evaluate must know how many there were."""
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_joins_the_ranks_of_a_launcher(runs, tmp_path, launcher):
+    """train must not start more, and evaluate must know how many there were."""
+    commands = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={_free_port()}", "--module"],
+    }
     (tmp_path / "open.yaml").write_text(
         (runs / "agg.yaml").read_text().replace("data_parallel_size: 2", "data_parallel_size: null")
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain",
-         "train", str(tmp_path / "open.yaml"), f"output_root={tmp_path}"],
+        [sys.executable, "-m", *commands[launcher], "pretrain", "train", str(tmp_path / "open.yaml"),
+         f"output_root={tmp_path}"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -39,7 +39,8 @@ def build_engine(
             state["step"].zero_()
     if zero_stage(config) == 3:  # the head uses a weight that belongs to another module
         deepspeed.zero.register_external_parameter(model.output_head, model.output_embedding)
-    engine.update_guard = UpdateGuard(base, optimizer.gradient_clipping if zero_stage(config) == 0 else 0.0)
+    clip_norm = optimizer.gradient_clipping if zero_stage(config) == 0 else 0.0
+    engine.update_guard = UpdateGuard(base, clip_norm, topology.device)
     return engine
 
 
@@ -50,16 +51,17 @@ class UpdateGuard:
     There the norm is taken here, and ``deepspeed_config`` turns DeepSpeed's own clipping off.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, clip_norm: float, device: torch.device) -> None:
         self.clip_norm = clip_norm
+        self._device = device  # offloaded gradients are elsewhere, and nccl reduces nothing there
         self.grad_norm: torch.Tensor | None = None  # of the coming step, where it is taken here
         optimizer.register_step_pre_hook(self._check)
 
     def _check(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        bad = torch.zeros((), device=grads[0].device if grads else "cpu")
+        bad = torch.zeros((), device=self._device)
         for grad in grads:
-            bad += (~torch.isfinite(grad).all()).float()
+            bad += (~torch.isfinite(grad).all()).to(self._device, torch.float32)
         dist.all_reduce(bad)
         if bad > 0:
             raise NonFiniteError("the gradient is not finite")
