@@ -7,9 +7,14 @@ Letters: B sequences, S tokens of a sequence, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -56,14 +61,34 @@ def build(tied: bool = False) -> ModelWithLoss:
     return model
 
 
-def train(steps: int = 30, micro_batches: int = 2, tied: bool = False) -> tuple[list[float], torch.Tensor]:
+def save(step: int, model: ModelWithLoss, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """After ``step`` steps. The counts go beside the weights: each rank's part of them has a size of its own."""
+    weights, moments = get_state_dict(model.model, optimizer)
+    dcp.save({"weights": weights, "moments": moments, "step": step}, checkpoint_id=folder)  # type: ignore[attr-defined]
+    torch.save(model.loss_of.get_extra_state(), folder / f"token_counts_{dist.get_rank()}.pt")
+
+
+def load(model: ModelWithLoss, optimizer: torch.optim.Optimizer, folder: Path) -> int:
+    """How many steps are done. Any number of ranks goes on from what any number saved."""
+    weights, moments = get_state_dict(model.model, optimizer)
+    state: dict[str, Any] = {"weights": weights, "moments": moments, "step": 0}
+    dcp.load(state, checkpoint_id=folder)  # type: ignore[attr-defined]
+    set_state_dict(model.model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"])
+    model.loss_of.set_extra_state([torch.load(part) for part in sorted(folder.glob("token_counts_*.pt"))])
+    return int(state["step"])
+
+
+def train(
+    steps: int = 30, micro_batches: int = 2, tied: bool = False, resume: Path | None = None, output: Path | None = None
+) -> tuple[list[float], torch.Tensor]:
     """The loss of each step over all ranks, and the whole output embedding [V, D] at the end."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = build(tied)
     assert isinstance(model, FSDPModule)  # fully_shard changed its class
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    done = load(model, optimizer, resume) if resume else 0
     losses = []
-    for step in range(steps):
+    for step in range(done, steps):
         batch = zipf_batch(step)[rank::ranks]
         tokens, targets = batch[:, :-1].clamp(min=0), batch[:, 1:]
         model.loss_of.begin_step(targets)  # this rank's targets; they are added up over the group
@@ -84,6 +109,8 @@ def train(steps: int = 30, micro_batches: int = 2, tied: bool = False) -> tuple[
         rare = model.loss_of.current_gates().rare.double().mean()  # the same on every rank
         if rank == 0 and (step % 5 == 0 or step == steps - 1):
             print(f"step {step:2}  loss {losses[-1]:.3f}  rare {rare:.1%}")
+    if output:
+        save(steps, model, optimizer, output)
     weight = model.model.output.weight
     assert isinstance(weight, DTensor)
     return losses, weight.full_tensor().detach()

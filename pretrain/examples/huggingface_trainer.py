@@ -36,6 +36,13 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         self.loss_of.begin_step(torch.cat([batch["labels"][:, 1:].flatten() for batch in batches]))
         return batches, valid
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Valid targets of all ranks. The Trainer's own count takes in the first label where it does not know the loss
+        of the model's class, GPT2LMHeadModel for one."""
+        valid = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum()
+        total: torch.Tensor = self.accelerator.reduce(valid.to(device), reduction="sum")
+        return total
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -45,7 +52,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         self.loss_of.train(model.training)
         weight = self.model.get_output_embeddings().weight
         loss = summed_loss(self.loss_of, outputs.hidden_states[-1], weight, labels)
-        loss = loss / num_items_in_batch * self.args.world_size  # targets of all ranks; DDP takes the mean over them
+        loss = loss / num_items_in_batch * self.args.world_size  # DDP takes the mean over ranks: this makes it a sum
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
@@ -87,7 +94,7 @@ def train(model: PreTrainedModel, folder: str, steps: int = 30, **options: Any) 
         args=TrainingArguments(folder, **(arguments | options)),
         train_dataset=[{"input_ids": sequence.clamp(min=0), "labels": sequence} for sequence in labels],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return trainer
 
 
