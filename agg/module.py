@@ -78,6 +78,11 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.frequency.update(targets, self.ignore_index)
         self.gates = None
 
+    def undo_step(self) -> None:
+        """Take back the counts of the last step, which was skipped; see :meth:`agg.TokenFrequency.undo_update`."""
+        self.frequency.undo_update()
+        self.gates = None
+
     def current_gates(self) -> Gates:
         """The gates of this step, of this rank's rows."""
         if self.gates is None:

@@ -14,8 +14,8 @@ from pretrain.files import make_folder, write_text
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
 
-# What may differ when a run goes on: it changes nothing that is trained.
-FREE_SECTIONS = ("checkpoint", "reporting", "output_root")
+# What may differ when a run goes on: it changes nothing that is trained, or (spikes) is the way out of a stop.
+FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "spikes", "hang_timeout_minutes")
 FREE_KEYS = ("data.folder", "data.prepare_processes")
 
 
@@ -35,6 +35,8 @@ class RunFolder:
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
         self.logs = path / "logs"
+        self.stacks = path / "stacks"
+        self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:
         """The recipe the run was made with.

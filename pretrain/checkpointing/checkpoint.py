@@ -31,9 +31,11 @@ FORMAT = 1
 class Progress:
     """Where a run stands."""
 
-    step: int  # optimizer steps done
-    consumed_samples: int  # sequences of the training data set that were trained on
-    consumed_tokens: int
+    step: int  # steps done, those that were skipped included
+    consumed_samples: int  # sequences of the training data set that were seen, those that were skipped included
+    consumed_tokens: int  # targets that were trained on
+    skipped_samples: tuple[tuple[int, int], ...] = ()  # ranges [start, stop) that were not trained on
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, if spikes are watched for
 
 
 def save_checkpoint(
@@ -75,6 +77,8 @@ def save_checkpoint(
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
                 "consumed_tokens": progress.consumed_tokens,
+                "skipped_samples": progress.skipped_samples,
+                "recent": progress.recent,
                 "layout": layout_of(engine, topology),
                 "identity": identity,
                 "versions": {"pretrain": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
@@ -117,7 +121,12 @@ def load_checkpoint(
     state = torch.load(checkpoint / _rank_file(topology.rank), map_location="cpu", weights_only=False)
     load_rank_state(state["rank_state"])
     _set_random_state(state["random"], topology.device)
-    return Progress(manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"])
+    return Progress(
+        manifest["step"],
+        manifest["consumed_samples"],
+        manifest["consumed_tokens"],
+        *(tuple(tuple(pair) for pair in manifest.get(key, ())) for key in ("skipped_samples", "recent")),
+    )
 
 
 def layout_of(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str, Any]:
