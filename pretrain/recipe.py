@@ -158,7 +158,7 @@ class SpikesRecipe:
     loss_factor: float = 0.0  # outlier: a loss above so many times its median over the window; 0: none is
     grad_norm_factor: float = 0.0  # the same of the gradient norm before clipping
     window_steps: int = 100  # last trained steps; before so many there is no outlier
-    max_in_a_row: int = 10  # steps skipped, or rollbacks to one checkpoint, before training stops
+    max_in_a_row: int = 10  # steps skipped, or rollbacks with no new checkpoint between them, before training stops
 
 
 @dataclass(frozen=True, kw_only=True)

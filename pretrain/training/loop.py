@@ -113,7 +113,7 @@ def _run_steps(
                 clock.restart()
             if saving:
                 save(run, folder)
-                saved, rollbacks = step, 0
+                saved, rollbacks = step, rollbacks if done.spike is not None else 0
                 clock.restart()
             if measured or saving:
                 stopping = stopping or stop.wanted()
@@ -187,13 +187,13 @@ def _roll_back(run: Run, spike: Spike, folder: RunFolder, writer: MetricsWriter 
         The step of that checkpoint.
 
     Raises:
-        SpikeError: there is no checkpoint, or the run went back to it too many times.
+        SpikeError: there is no checkpoint, or the run went back too many times since a trained step was saved.
     """
     seen, checkpoint = run.progress, latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise stop_for(spike, seen.step, ", and there is no checkpoint to go back to (checkpoint.every_steps)")
     if times > run.recipe.spikes.max_in_a_row:
-        raise stop_for(spike, seen.step, f", after {times - 1} rollbacks to {checkpoint.name} (spikes.max_in_a_row)")
+        raise stop_for(spike, seen.step, f", after {times - 1} rollbacks in a row (spikes.max_in_a_row)")
     saved = load(run, checkpoint)
     run.progress = after_skipping(saved, seen.step - saved.step, seen.consumed_samples - saved.consumed_samples)
     if writer is not None:
