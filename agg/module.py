@@ -135,7 +135,7 @@ class AdaptiveGradientGating(torch.nn.Module):
 
     def set_extra_state(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         self.frequency.load_state_dict(state)
-        self.gates = None
+        self.gates = self._fault = None
 
     def _count(self, targets: torch.Tensor) -> None:
         fault, self._fault, self.gates = self._fault, None, None

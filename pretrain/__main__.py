@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain import commands
-from pretrain.errors import EXIT_USER_ERROR, NonFiniteError, RecipeError, UserError
+from pretrain.errors import EXIT_USER_ERROR, RecipeError, SpikeError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0, 1 when training had to stop, 2 when the input cannot be used."""
+    """Run one verb.
+
+    Returns:
+        0; 1 when training had to stop; 2 when the input cannot be used; 75 when training was asked to stop and saved
+        (:mod:`pretrain.training.stopping`). A rank that hangs ends with 70 (:mod:`pretrain.training.watchdog`).
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
@@ -28,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except NonFiniteError as error:
+    except SpikeError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

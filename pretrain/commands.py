@@ -25,6 +25,7 @@ from pretrain.topology import (
     disconnect,
     place_from_environment,
 )
+from pretrain.training.stopping import EXIT_STOPPED, StopSignals
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -35,34 +36,42 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
+    with StopSignals() as signals:
+        return _train(options, signals)
+
+
+def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     folder, place = RunFolder(recipe.run_folder), place_from_environment()
+    is_first = place is None or place.rank == 0
     choose_device(recipe)
     quiet_third_party()
     with contextlib.ExitStack() as stack:
-        if place is None or place.rank == 0:
+        if is_first:
             _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
             given = find_recipe(options.recipe).read_text(encoding="utf-8") + "".join(
                 f"# override: {override}\n" for override in options.overrides
             )
             folder.claim(recipe, given)
         if _is_done(recipe):  # every rank that a launcher started sees it
-            if place is None or place.rank == 0:
+            if is_first:
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
             return 0
         if place is None and recipe.local_world_size > 1:
             stop = [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
-            return _run_ranks(["train", options.recipe, *options.overrides, *stop], recipe, folder)
-        if place is None or place.rank == 0:
+            return _run_ranks(["train", options.recipe, *options.overrides, *stop], recipe, folder, signals)
+        if is_first:
             way_out = "wait until it ends, or give this run another name=..."
             stack.enter_context(folder_lock(folder.path, "training in", way_out))
         from pretrain.training.loop import train as train_run
 
         topology = stack.enter_context(_connected(recipe))
-        progress = train_run(recipe, topology, options.stop_at_step)
+        progress = train_run(recipe, topology, options.stop_at_step, signals)
+        stopped = progress.step < min(options.stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
         if topology.is_first:
-            say(f"{recipe.name}: step {progress.step:,} saved in {folder.checkpoints}")
-    return 0
+            saved = f"step {progress.step:,} saved in {folder.checkpoints}" if progress.step else "nothing trained yet"
+            say(f"{recipe.name}: {saved}" + ("; stopped as asked, the same command goes on" if stopped else ""))
+    return EXIT_STOPPED if stopped else 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -122,6 +131,9 @@ def _check_before_start(recipe: Recipe, world_size: int) -> None:
     from pretrain.data.prepare import PreparedData
     from pretrain.training.deepspeed_config import deepspeed_config
 
+    stop_file = RunFolder(recipe.run_folder).stop_file
+    if stop_file.exists():
+        raise UserError(f"{stop_file} asks this run to stop: delete it to go on")
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     if place_from_environment() is None:
         check_devices(recipe, recipe.local_world_size)
@@ -157,10 +169,10 @@ def _connected(recipe: Recipe) -> Iterator[Topology]:
         disconnect()
 
 
-def _run_ranks(arguments: list[str], recipe: Recipe, folder: RunFolder) -> int:
+def _run_ranks(arguments: list[str], recipe: Recipe, folder: RunFolder, signals: StopSignals | None = None) -> int:
     from pretrain.launch import run_local_ranks
 
-    return run_local_ranks(arguments, recipe.local_world_size, folder.logs)
+    return run_local_ranks(arguments, recipe.local_world_size, folder.logs, signals)
 
 
 def _checkpoint_option(options: argparse.Namespace) -> list[str]:

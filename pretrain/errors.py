@@ -24,5 +24,9 @@ class RecipeError(UserError):
         super().__init__(f"{where} has {count}:\n{lines}")
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite. Training stops on all ranks before the update."""
+class SpikeError(RuntimeError):
+    """A step that must not be trained on. Training stops on all ranks before the update."""
+
+
+class NonFiniteError(SpikeError):
+    """A loss or gradient that is not finite."""

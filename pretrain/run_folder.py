@@ -15,8 +15,8 @@ from pretrain.files import make_folder, write_text
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
 
-# What may differ when a run goes on: it changes nothing that is trained.
-FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel")
+# What may differ when a run goes on: it changes nothing that is trained, or (spikes) is the way out of a stop.
+FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel", "spikes", "hang_timeout_minutes")
 FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
 
@@ -37,6 +37,8 @@ class RunFolder:
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
         self.logs = path / "logs"
+        self.stacks = path / "stacks"
+        self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:
         """The recipe the run was made with.

@@ -37,9 +37,11 @@ FORMAT = 1
 class Progress:
     """Where a run stands."""
 
-    step: int  # optimizer steps done
-    consumed_samples: int  # sequences of the training data set that were trained on
-    consumed_tokens: int
+    step: int  # steps done, those that were skipped included
+    consumed_samples: int  # sequences of the training data set that were seen, those that were skipped included
+    consumed_tokens: int  # targets that were trained on
+    skipped_samples: tuple[tuple[int, int], ...] = ()  # ranges [start, stop) that were not trained on
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, if spikes are watched for
 
 
 def save_checkpoint(
@@ -84,6 +86,8 @@ def save_checkpoint(
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
                 "consumed_tokens": progress.consumed_tokens,
+                "skipped_samples": progress.skipped_samples,
+                "recent": progress.recent,
                 "layout": layout_of(engine, topology),
                 "identity": identity,
                 "versions": {"pretrain": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
@@ -123,7 +127,12 @@ def load_checkpoint(
     for key, value in identity.items():
         if manifest["identity"].get(key) != value:
             raise UserError(f"{checkpoint} was trained on another {key}: {manifest['identity'].get(key)}, now {value}")
-    progress = Progress(manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"])
+    progress = Progress(
+        manifest["step"],
+        manifest["consumed_samples"],
+        manifest["consumed_tokens"],
+        *(tuple(tuple(pair) for pair in manifest.get(key, ())) for key in ("skipped_samples", "recent")),
+    )
     saved, layout = manifest["layout"], layout_of(engine, topology)
     differences = [
         f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved.get(key, value) != value
