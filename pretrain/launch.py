@@ -23,8 +23,11 @@ GRACE_SECONDS = 10.0
 PR_SET_PDEATHSIG = 1
 
 
-def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path) -> int:
+def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path, inherited: Sequence[int] = ()) -> int:
     """Run ``python -m pretrain ARGUMENTS`` on ``world_size`` ranks and wait.
+
+    Args:
+        inherited: file descriptors that stay open in every rank.
 
     Returns:
         0, or the exit code of the rank that failed first; the others are then ended.
@@ -32,7 +35,7 @@ def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path)
     make_folder(log_folder)
     port = _free_port()
     with contextlib.ExitStack() as stack:
-        ranks = [_start(arguments, rank, world_size, port, log_folder, stack) for rank in range(world_size)]
+        ranks = [_start(arguments, rank, world_size, port, log_folder, stack, inherited) for rank in range(world_size)]
         try:
             with _forwarded_signals(ranks):
                 code, failed = _wait(ranks)
@@ -44,7 +47,13 @@ def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path)
 
 
 def _start(
-    arguments: Sequence[str], rank: int, world_size: int, port: str, log_folder: Path, stack: contextlib.ExitStack
+    arguments: Sequence[str],
+    rank: int,
+    world_size: int,
+    port: str,
+    log_folder: Path,
+    stack: contextlib.ExitStack,
+    inherited: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank),
@@ -63,6 +72,7 @@ def _start(
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         preexec_fn=_die_with_parent,
+        pass_fds=inherited,
     )
 
 

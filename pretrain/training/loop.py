@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpointing.checkpoint import Progress, load_checkpoint, save_checkpoint
-from pretrain.checkpointing.folder import latest_checkpoint
+from pretrain.checkpointing.checkpoint import Progress, resume
+from pretrain.checkpointing.folder import remove_unfinished
 from pretrain.console import bar, say
 from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
 from pretrain.errors import NonFiniteError
@@ -29,15 +30,16 @@ from pretrain.training.validation import measure_perplexity
 
 
 def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -> Progress:
-    """Train to the end of the recipe, or to ``stop_at_step``; goes on from the latest checkpoint if there is one.
+    """Train to the end of the recipe, or to ``stop_at_step``; goes on from the newest checkpoint that verifies.
 
     The run folder must have been claimed (:meth:`RunFolder.claim`).
     """
     folder = RunFolder(recipe.run_folder)
     run = build_run(recipe, topology)
-    checkpoint = latest_checkpoint(folder.checkpoints)
-    if checkpoint is not None:
-        run.progress = load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
+    if topology.is_first:
+        remove_unfinished(folder.checkpoints)
+    resumed = resume(run.engine, folder.checkpoints, run.objective.load_state_dict, topology, run.identity)
+    run.progress = resumed or run.progress
     dataset = training_dataset(run.prepared, recipe)
     batches = TrainingBatches(
         dataset,
@@ -52,13 +54,13 @@ def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -
         write_json(folder.deepspeed_file, run.deepspeed_config)
         board = folder.path / "tensorboard" if recipe.reporting.tensorboard else None
         writer = MetricsWriter(folder.metrics_file, run.progress.step, board)
-        _announce(run, checkpoint is not None)
+        _announce(run, resumed is not None)
     last = min(stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
     try:
-        _run_steps(run, batches, writer, folder, last)
+        with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
+            _run_steps(run, batches, writer, folder, last)
     finally:
-        if writer is not None:
-            writer.close()
+        run.saver.wait()
     return run.progress
 
 
@@ -79,7 +81,7 @@ def _run_steps(run: Run, batches: TrainingBatches, writer: MetricsWriter | None,
             if _due(step, recipe.reporting.log_every_steps, last) or _measures_due(recipe, step, last):
                 record: dict[str, Any] = {"step": step, "tokens": run.progress.consumed_tokens, "loss": done.loss}
                 record |= {"learning_rate": done.learning_rate, "grad_norm": done.grad_norm}
-                record |= clock.rates()
+                record |= clock.rates() | run.saver.seconds()
                 record |= _measures(run, step, last)
                 clock.restart()
                 if writer is not None:
@@ -143,16 +145,8 @@ def train_step(run: Run, micro_batches: list[MicroBatch]) -> StepResult:
 
 
 def save(run: Run, folder: RunFolder) -> None:
-    """Write a checkpoint of all ranks."""
-    save_checkpoint(
-        run.engine,
-        folder.checkpoints,
-        run.progress,
-        run.objective.state_dict(),
-        run.topology,
-        run.identity,
-        run.recipe.checkpoint.keep_last,
-    )
+    """Write a checkpoint of all ranks; where it is written in the background, ``run.saver.wait()`` sees it done."""
+    run.saver.save(folder.checkpoints, run.progress, run.objective.state_dict(), run.identity)
 
 
 def _due(step: int, every: int, last: int) -> bool:
