@@ -90,7 +90,9 @@ class RunFolder:
         problems = problems_of(checkpoint)
         if problems:
             raise DamagedCheckpoint(checkpoint, problems)
-        return self._move_aside([path for path in checkpoints_in(self.checkpoints) if step_of(path) > step])
+        aside = self._move_aside([path for path in checkpoints_in(self.checkpoints) if step_of(path) > step])
+        write_text(self.checkpoints / "latest", checkpoint.name + "\n")
+        return aside
 
     def _has_begun(self) -> bool:
         return self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists())

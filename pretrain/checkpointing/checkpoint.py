@@ -57,7 +57,7 @@ def resume(
             progress = load_checkpoint(engine, folder / name, load_rank_state, topology, identity)
         except DamagedCheckpoint as error:
             if topology.is_first:
-                say(f"passed over {error}")
+                say(f"passed over {name}: {'; '.join(error.problems)}")
         else:
             if topology.is_first and problem is not None:
                 say(f"{problem}; {name} is the newest checkpoint that verifies")
