@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 
@@ -13,15 +14,37 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with ``EXIT_USER_ERROR``.
     """
 
+    on_all_ranks = False  # raised by all ranks together: the first one says it
+
 
 class RecipeError(UserError):
     """Everything that is wrong with a recipe, in one message."""
+
+    on_all_ranks = True
 
     def __init__(self, problems: Sequence[str], where: str = "the recipe"):
         self.problems = list(problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{where} has {count}:\n{lines}")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be saved or loaded."""
+
+    on_all_ranks = True
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that does not verify.
+
+    Attributes:
+        problems: a line for each bad file.
+    """
+
+    def __init__(self, checkpoint: Path, problems: Sequence[str], way_out: str = ""):
+        self.problems = list(problems)
+        super().__init__(f"{checkpoint} is damaged: {'; '.join(self.problems)}{way_out and '. '}{way_out}")
 
 
 class SpikeError(RuntimeError):

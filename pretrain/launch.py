@@ -25,12 +25,17 @@ PR_SET_PDEATHSIG = 1
 
 
 def run_local_ranks(
-    arguments: Sequence[str], world_size: int, log_folder: Path, signals: StopSignals | None = None
+    arguments: Sequence[str],
+    world_size: int,
+    log_folder: Path,
+    signals: StopSignals | None = None,
+    inherited: Sequence[int] = (),
 ) -> int:
     """Run ``python -m pretrain ARGUMENTS`` on ``world_size`` ranks and wait. Signals to this process reach every rank.
 
     Args:
         signals: entered already, for a verb whose ranks enter :class:`StopSignals` too: none gets lost in between.
+        inherited: file descriptors that stay open in every rank.
 
     Returns:
         0, :data:`EXIT_STOPPED`, or the exit code of the rank that failed first; the others are then ended.
@@ -40,7 +45,10 @@ def run_local_ranks(
     with contextlib.ExitStack() as stack:
         prepare = _die_with_parent if signals is None else _die_with_parent_and_hold_back_signals
         heard = stack.enter_context(StopSignals()) if signals is None else signals
-        ranks = [_start(arguments, rank, world_size, port, log_folder, stack, prepare) for rank in range(world_size)]
+        ranks = [
+            _start(arguments, rank, world_size, port, log_folder, stack, prepare, inherited)
+            for rank in range(world_size)
+        ]
         try:
             with heard.relayed_to(ranks):
                 code, failed = _wait(ranks)
@@ -59,6 +67,7 @@ def _start(
     log_folder: Path,
     stack: contextlib.ExitStack,
     prepare: Callable[[], None],
+    inherited: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank),
@@ -77,6 +86,7 @@ def _start(
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         preexec_fn=prepare,
+        pass_fds=inherited,
     )
 
 

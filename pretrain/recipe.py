@@ -146,7 +146,9 @@ class ParallelRecipe:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecipe:
     every_steps: int = 0  # 0: only at the end
-    keep_last: int = 2
+    keep_last: int = 2  # the last so many; older ones are deleted
+    keep_every_steps: int = 0  # except those of every so many steps; 0: none
+    background: bool = True  # written while training goes on, from a copy in host memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +263,7 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "optimizer.weight_decay": optimizer.weight_decay,
         "optimizer.gradient_clipping": optimizer.gradient_clipping,
         "checkpoint.every_steps": recipe.checkpoint.every_steps,
+        "checkpoint.keep_every_steps": recipe.checkpoint.keep_every_steps,
         "reporting.geometry_every_steps": reporting.geometry_every_steps,
         "reporting.validate_every_steps": reporting.validate_every_steps,
         "reporting.validation_sequences": reporting.validation_sequences,

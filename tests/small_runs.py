@@ -54,21 +54,28 @@ def change(recipe: Recipe, **sections: Any) -> Recipe:
 
 def train_on_ranks(recipe: Recipe, world_size: int, stop_at_step: int | None = None) -> list[dict[str, Any]]:
     """Train on forked ranks; the records of the run."""
+    recipe = on_ranks(recipe, world_size)
+    run_ranks(train_rank, world_size, recipe, stop_at_step)
+    return read_metrics(recipe)
+
+
+def on_ranks(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe for so many ranks, with its run folder claimed."""
     recipe = change(
         recipe,
         parallel={"data_parallel_size": world_size // recipe.parallel.tensor_model_parallel_size},
     )
     recipe.check()
     RunFolder(recipe.run_folder).claim(recipe, "")
-    run_ranks(_train, world_size, recipe, stop_at_step)
-    return read_metrics(recipe)
+    return recipe
 
 
 def read_metrics(recipe: Recipe) -> list[dict[str, Any]]:
     return [json.loads(line) for line in RunFolder(recipe.run_folder).metrics_file.read_text().splitlines()]
 
 
-def _train(rank: int, world_size: int, recipe: Recipe, stop_at_step: int | None) -> None:
+def train_rank(rank: int, world_size: int, recipe: Recipe, stop_at_step: int | None = None) -> None:
+    """What one rank does."""
     from pretrain.topology import connect
     from pretrain.training.loop import train
 

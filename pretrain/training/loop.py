@@ -7,14 +7,13 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpointing.checkpoint import Progress, load_checkpoint, save_checkpoint
-from pretrain.checkpointing.folder import latest_checkpoint
+from pretrain.checkpointing.checkpoint import Progress, resume
+from pretrain.checkpointing.folder import remove_unfinished
 from pretrain.console import bar, say
 from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
 from pretrain.evaluation.geometry import measure_geometry
@@ -51,9 +50,11 @@ def train(
         watchdog = stack.enter_context(Watchdog(60 * recipe.hang_timeout_minutes, topology.rank, stacks))
         watchdog.expect("the start", PATIENCE)
         run = build_run(recipe, topology)
-        checkpoint = latest_checkpoint(folder.checkpoints)
-        if checkpoint is not None:
-            run.progress = load(run, checkpoint)
+        stack.callback(run.saver.wait)
+        if topology.is_first:
+            remove_unfinished(folder.checkpoints)
+        resumed = load_newest(run, folder)
+        run.progress = resumed or run.progress
         batches = TrainingBatches(
             training_dataset(run.prepared, recipe),
             micro_batch_size=recipe.batch.micro_batch_size,
@@ -68,7 +69,7 @@ def train(
             board = folder.path / "tensorboard" if recipe.reporting.tensorboard else None
             writer = MetricsWriter(folder.metrics_file, run.progress.step, board)
             stack.callback(writer.close)
-            _announce(run, checkpoint is not None)
+            _announce(run, resumed is not None)
         last = min(stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
         if not stop.wanted():
             _run_steps(run, batches, writer, folder, last, stop, watchdog)
@@ -106,7 +107,8 @@ def _run_steps(
                 done = replace(done, back_to_step=_roll_back(run, done.spike, folder, writer, rollbacks))
             if measured or done.spike is not None or _due(step, recipe.reporting.log_every_steps, last):
                 record: dict[str, Any] = {"step": step, "tokens": run.progress.consumed_tokens}
-                record |= done.record() | clock.rates() | _measures(run, step, last, trained=done.spike is None)
+                record |= done.record() | clock.rates() | run.saver.seconds()
+                record |= _measures(run, step, last, trained=done.spike is None)
                 if writer is not None:
                     writer.write(record)
                 progress_bar.set_postfix_str(f"loss {done.loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
@@ -189,12 +191,13 @@ def _roll_back(run: Run, spike: Spike, folder: RunFolder, writer: MetricsWriter 
     Raises:
         SpikeError: there is no checkpoint, or the run went back too many times since a trained step was saved.
     """
-    seen, checkpoint = run.progress, latest_checkpoint(folder.checkpoints)
-    if checkpoint is None:
-        raise stop_for(spike, seen.step, ", and there is no checkpoint to go back to (checkpoint.every_steps)")
+    seen = run.progress
     if times > run.recipe.spikes.max_in_a_row:
         raise stop_for(spike, seen.step, f", after {times - 1} rollbacks in a row (spikes.max_in_a_row)")
-    saved = load(run, checkpoint)
+    run.saver.wait()
+    saved = load_newest(run, folder)
+    if saved is None:
+        raise stop_for(spike, seen.step, ", and there is no checkpoint to go back to (checkpoint.every_steps)")
     run.progress = after_skipping(saved, seen.step - saved.step, seen.consumed_samples - saved.consumed_samples)
     if writer is not None:
         writer.go_back(saved.step)
@@ -202,22 +205,14 @@ def _roll_back(run: Run, spike: Spike, folder: RunFolder, writer: MetricsWriter 
 
 
 def save(run: Run, folder: RunFolder) -> None:
-    """Write a checkpoint of all ranks."""
-    save_checkpoint(
-        run.engine,
-        folder.checkpoints,
-        run.progress,
-        run.objective.state_dict(),
-        run.topology,
-        run.identity,
-        run.recipe.checkpoint.keep_last,
-    )
+    """Write a checkpoint of all ranks; where it is written in the background, ``run.saver.wait()`` sees it done."""
+    run.saver.save(folder.checkpoints, run.progress, run.objective.state_dict(), run.identity)
 
 
-def load(run: Run, checkpoint: Path) -> Progress:
-    """Put all ranks where they were when they saved."""
-    return load_checkpoint(
-        run.engine, checkpoint, run.objective.load_state_dict, run.topology, run.identity, run.recipe.seed
+def load_newest(run: Run, folder: RunFolder) -> Progress | None:
+    """Put all ranks where they were at the newest checkpoint that verifies; None if nothing was saved yet."""
+    return resume(
+        run.engine, folder.checkpoints, run.objective.load_state_dict, run.topology, run.identity, run.recipe.seed
     )
 
 

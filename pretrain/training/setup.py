@@ -12,6 +12,7 @@ import deepspeed
 from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
 from pretrain.checkpointing.checkpoint import Progress
+from pretrain.checkpointing.saving import CheckpointSaver
 from pretrain.data.loader import steps_per_epoch
 from pretrain.data.prepare import PreparedData
 from pretrain.model.gpt import build_model
@@ -35,14 +36,20 @@ class Run:
     objective: PlainObjective
     engine: deepspeed.DeepSpeedEngine
     deepspeed_config: dict[str, Any]
+    saver: CheckpointSaver
     progress: Progress
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Hashes that a checkpoint must share with the run that loads it."""
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that loads it: hashes, and the settings behind the recipe's."""
         tree = recipe_to_dict(self.recipe)
-        model = json.dumps([tree["model"], tree["optimizer"], tree["objective"]], sort_keys=True)
-        return {"data": self.prepared.sha256, "recipe": hashlib.sha256(model.encode()).hexdigest()}
+        settings = {section: tree[section] for section in ("model", "optimizer", "objective")}
+        return {
+            "data_sha256": self.prepared.sha256,
+            "tokenizer_sha256": self.prepared.tokenizer.sha256,
+            "recipe_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            **settings,
+        }
 
 
 def build_run(recipe: Recipe, topology: Topology) -> Run:
@@ -74,4 +81,5 @@ def build_run(recipe: Recipe, topology: Topology) -> Run:
     config = deepspeed_config(recipe, topology.data_parallel_size)
     engine = build_engine(model, recipe.optimizer, config, topology)
     seed_everything(recipe.seed + 1_000_003 * (1 + topology.data_parallel_rank))
-    return Run(recipe, topology, prepared, shard, objective, engine, config, Progress(0, 0, 0))
+    saver = CheckpointSaver(engine, topology, recipe.checkpoint)
+    return Run(recipe, topology, prepared, shard, objective, engine, config, saver, Progress(0, 0, 0))

@@ -157,7 +157,10 @@ def one_asks(rank, world_size, recipe, asking):
         data_parallel_rank=topology.data_parallel_rank,
         data_parallel_size=topology.data_parallel_size,
     )
-    return [train_step(run, batch, step == 1 and rank == asking).stop for step, batch in zip(range(3), batches)]
+    return [
+        train_step(run, batch, step == 1 and rank == asking).stop
+        for step, batch in zip(range(3), batches, strict=False)
+    ]
 
 
 @pytest.mark.parametrize("asking", range(4))
