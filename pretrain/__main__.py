@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain import commands
+from pretrain import checkpoint_commands, commands
 from pretrain.errors import EXIT_USER_ERROR, NonFiniteError, RecipeError, UserError
 
 
@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--max-new-tokens", type=_positive, default=64)
     added.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
     added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest")
+
+    checkpoint_commands.add_verbs(verb("checkpoint", None, "Work on the checkpoints of a run."))
 
     added = verb("report", commands.report, "Figures and one HTML page of runs that were evaluated.")
     added.add_argument("folders", nargs="+", metavar="RUN", type=Path)

@@ -125,7 +125,11 @@ def _check_before_start(recipe: Recipe, world_size: int) -> None:
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     if place_from_environment() is None:
         check_devices(recipe, recipe.local_world_size)
-    PreparedData.open(recipe)
+    prepared = PreparedData.open(recipe)
+    if recipe.model.init_from and latest_checkpoint(RunFolder(recipe.run_folder).checkpoints) is None:
+        from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
+
+        check_initial_weights(recipe, prepared)
 
 
 def _check_evaluation(recipe: Recipe) -> None:

@@ -53,7 +53,7 @@ class RunFolder:
         make_folder(self.path)
         tree = _with_whole_paths(recipe_to_dict(recipe))
         if self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists()):
-            differences = _differences(self._saved_tree(), tree)
+            differences = _differences(recipe_to_dict(self.saved_recipe()), tree)  # keys newer than the run: defaults
             if differences:
                 raise UserError(
                     f"{self.path} already holds another run:\n"
@@ -98,6 +98,8 @@ def _with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
     sharding = Path(tree["parallel"]["sharding"])
     if sharding.is_file():
         tree["parallel"]["sharding"] = str(sharding.absolute())
+    if tree["model"]["init_from"]:
+        tree["model"]["init_from"] = str(Path(tree["model"]["init_from"]).absolute())
     files = tree["reporting"]["word_similarity"]
     tree["reporting"]["word_similarity"] = [str(Path(name).absolute()) for name in files]
     return tree

@@ -34,8 +34,8 @@ def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -
     The run folder must have been claimed (:meth:`RunFolder.claim`).
     """
     folder = RunFolder(recipe.run_folder)
-    run = build_run(recipe, topology)
     checkpoint = latest_checkpoint(folder.checkpoints)
+    run = build_run(recipe, topology, init=checkpoint is None)
     if checkpoint is not None:
         run.progress = load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
     dataset = training_dataset(run.prepared, recipe)
@@ -225,3 +225,5 @@ def _announce(run: Run, resumed: bool) -> None:
     )
     if resumed:
         say(f"goes on from step {run.progress.step:,} ({run.progress.consumed_tokens:,} tokens)")
+    elif recipe.model.init_from:
+        say(f"starts with the weights of {recipe.model.init_from}")

@@ -15,6 +15,7 @@ import torch
 from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
 from pretrain.checkpointing.checkpoint import Progress
+from pretrain.checkpointing.huggingface.initial_weights import load_initial_weights
 from pretrain.data.loader import steps_per_epoch
 from pretrain.data.prepare import PreparedData
 from pretrain.model.gpt import build_model
@@ -43,14 +44,16 @@ class Run:
     def identity(self) -> dict[str, str]:
         """Hashes that a checkpoint must share with the run that loads it."""
         tree = recipe_to_dict(self.recipe)
+        del tree["model"]["init_from"]  # where the first weights came from; the checkpoint has newer ones
         model = json.dumps([tree["model"], tree["optimizer"], tree["objective"]], sort_keys=True)
         return {"data": self.prepared.sha256, "recipe": hashlib.sha256(model.encode()).hexdigest()}
 
 
-def build_run(recipe: Recipe, topology: Topology) -> Run:
+def build_run(recipe: Recipe, topology: Topology, *, init: bool = False) -> Run:
     """Data, model, objective and engine at step 0.
 
-    Weights come from ``recipe.seed`` alone; dropout differs between data-parallel ranks and is shared by the
+    Weights come from ``recipe.seed`` alone, or with ``init`` from ``recipe.model.init_from`` where it names a folder;
+    a checkpoint that is loaded afterwards needs no ``init``. Dropout differs between data-parallel ranks and is shared by the
     tensor-parallel ranks of one replica.
     """
     prepared = PreparedData.open(recipe)
@@ -64,6 +67,8 @@ def build_run(recipe: Recipe, topology: Topology) -> Run:
     model = build_model(
         recipe.model, shard, padded_vocab_size(prepared.vocab_size, recipe.model.vocab_multiple_of), recipe.seed
     )
+    if init and recipe.model.init_from:
+        load_initial_weights(model, recipe, prepared, shard, topology.tensor_parallel_rank)
     objective = build_objective(
         recipe.objective,
         shard,
