@@ -53,6 +53,6 @@ def export(options: argparse.Namespace) -> None:
     if done.tokenizer_difference:
         say(f"tokenizer.json gives other ids for some texts, tokenizer.model is exact: {done.tokenizer_difference}")
     say(
-        f"{recipe.name}, {checkpoint.name}: {done.tensors} tensors, {done.tensor_bytes / 1e6:,.1f} MB of {options.dtype} "
-        f"in {len(done.files)} file(s) of {options.output}"
+        f"{recipe.name}, {checkpoint.name}: {done.tensors} tensors, {done.tensor_bytes / 1e6:,.1f} MB of "
+        f"{options.dtype} in {len(done.files)} file(s) of {options.output}"
     )

@@ -52,9 +52,9 @@ class Run:
 def build_run(recipe: Recipe, topology: Topology, *, init: bool = False) -> Run:
     """Data, model, objective and engine at step 0.
 
-    Weights come from ``recipe.seed`` alone, or with ``init`` from ``recipe.model.init_from`` where it names a folder;
-    a checkpoint that is loaded afterwards needs no ``init``. Dropout differs between data-parallel ranks and is shared by the
-    tensor-parallel ranks of one replica.
+    Weights come from ``recipe.seed`` alone, or with ``init`` from the folder of ``recipe.model.init_from``, if it
+    names one; a run that then loads a checkpoint needs no ``init``. Dropout differs between data-parallel ranks and is
+    shared by the tensor-parallel ranks of one replica.
     """
     prepared = PreparedData.open(recipe)
     shard = VocabShard.of_rank(

@@ -9,7 +9,7 @@ import torch
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.recipe import ModelRecipe
 
-# What decides the function and cannot be seen from the shapes of the tensors: their key -> ours; None: not a choice here.
+# What decides the function and shapes of tensors do not show: their key -> ours; None: we have no choice there.
 _DECISIVE = {
     "gpt2": {
         "n_layer": "model.num_layers",

@@ -106,7 +106,7 @@ class HuggingFaceFolder:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / name} cannot be read as safetensors: {error}") from error
-            self._file_of |= dict.fromkeys(file.keys(), file)
+            self._file_of |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None: there is no such tensor."""

@@ -165,4 +165,4 @@ class _QueryKeyValue:
 
     def _repeated(self, of_groups: torch.Tensor) -> torch.Tensor:
         by_group = of_groups.unflatten(0, (self.groups, self.head_size))
-        return by_group.repeat_interleave(self.heads_per_group, dim=0).flatten(0, 1)
+        return torch.repeat_interleave(by_group, self.heads_per_group, dim=0).flatten(0, 1)

@@ -118,7 +118,7 @@ def _model(proto: Any, kinds: Any) -> Any:
 
 
 def _merges(scores: dict[str, float]) -> Iterator[tuple[str, str]]:
-    """SentencePiece joins neighbours whose union is the best piece: all cuts of a piece in two, the best piece first."""
+    """SentencePiece joins the neighbours that make the best piece: all cuts of each piece in two, best pieces first."""
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = ((piece[:place], piece[place:]) for place in range(1, len(piece)))
         yield from ((left, right) for left, right in cuts if left in scores and right in scores)
