@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
 
 # What may differ when a run goes on: it changes nothing that is trained.
-FREE_SECTIONS = ("checkpoint", "reporting", "output_root")
-FREE_KEYS = ("data.folder", "data.prepare_processes")
-
+FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel")
+FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
+LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
 
 EVALUATION_FORMAT = 1
 
@@ -31,6 +32,7 @@ class RunFolder:
         self.recipe_given_file = path / "recipe_given.yaml"
         self.deepspeed_file = path / "deepspeed.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.layout_changes_file = path / "layout_changes.jsonl"
         self.checkpoints = path / "checkpoints"
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
@@ -47,6 +49,8 @@ class RunFolder:
     def claim(self, recipe: Recipe, given: str) -> None:
         """Make the folder this recipe's, or see that it is already.
 
+        A run may go on on another layout; that is recorded in ``layout_changes.jsonl``.
+
         Raises:
             UserError: another run is there, with the keys that differ; or the folder cannot be written.
         """
@@ -54,12 +58,14 @@ class RunFolder:
         tree = _with_whole_paths(recipe_to_dict(recipe))
         if self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists()):
             differences = _differences(recipe_to_dict(self.saved_recipe()), tree)  # keys newer than the run: defaults
-            if differences:
+            refused = [text for key, text in differences.items() if not _is_free(key)]
+            if refused:
                 raise UserError(
                     f"{self.path} already holds another run:\n"
-                    + "\n".join(f"  - {difference}" for difference in differences)
+                    + "\n".join(f"  - {text}" for text in refused)
                     + f"\nGive this one another name=..., or delete {self.path}."
                 )
+            self._record_layout_changes([text for key, text in differences.items() if key.startswith(LAYOUT_KEYS)])
         elif not self.recipe_file.exists() and any(
             entry.name not in (".lock", "logs") for entry in self.path.iterdir()
         ):
@@ -79,6 +85,12 @@ class RunFolder:
             return bool(same and evaluation["format"] == EVALUATION_FORMAT and self.evaluation_arrays.exists())
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def _record_layout_changes(self, changes: list[str]) -> None:
+        if changes:
+            record = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "changes": changes}
+            with self.layout_changes_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def _saved_tree(self) -> dict[str, Any]:
         try:
@@ -105,16 +117,18 @@ def _with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Keys that a run may not change, as "key: there X, asked for Y"."""
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
+    """Keys whose values differ, each with "key: there X, asked for Y"."""
     flat_saved, flat_wanted = _flatten(saved), _flatten(wanted)
-    return [
-        f"{key}: there {flat_saved.get(key)!r}, asked for {flat_wanted.get(key)!r}"
+    return {
+        key: f"{key}: there {flat_saved.get(key)!r}, asked for {flat_wanted.get(key)!r}"
         for key in sorted(flat_saved.keys() | flat_wanted.keys())
-        if key not in FREE_KEYS
-        and key.split(".")[0] not in FREE_SECTIONS
-        and flat_saved.get(key) != flat_wanted.get(key)
-    ]
+        if flat_saved.get(key) != flat_wanted.get(key)
+    }
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,9 @@ COSINE_BINS = 200
 def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoint: Path) -> None:
     """Measure the test split and the output embedding; a collective."""
     run = build_run(recipe, topology)
-    run.progress = load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
+    run.progress = load_checkpoint(
+        run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed
+    )
     grouped = measure_perplexity(run.engine, run.prepared, recipe, topology, "test", show=topology.is_first)
     with whole_output_embedding(run.engine) as weight:
         geometry, arrays = _embedding_measures(run, weight)

@@ -34,7 +34,7 @@ def generate_text(
         UserError: the prompt has no tokens.
     """
     run = build_run(recipe, topology)
-    load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
+    load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed)
     tokenizer = run.prepared.tokenizer
     ids = tokenizer.encode(prompt)
     if not ids:

@@ -37,7 +37,9 @@ def train(recipe: Recipe, topology: Topology, stop_at_step: int | None = None) -
     checkpoint = latest_checkpoint(folder.checkpoints)
     run = build_run(recipe, topology, init=checkpoint is None)
     if checkpoint is not None:
-        run.progress = load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity)
+        run.progress = load_checkpoint(
+            run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed
+        )
     dataset = training_dataset(run.prepared, recipe)
     batches = TrainingBatches(
         dataset,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import numpy as np
-import torch
 
 from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
@@ -19,6 +16,7 @@ from pretrain.checkpointing.huggingface.initial_weights import load_initial_weig
 from pretrain.data.loader import steps_per_epoch
 from pretrain.data.prepare import PreparedData
 from pretrain.model.gpt import build_model
+from pretrain.randomness import seed_everything
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.topology import Topology
@@ -82,9 +80,3 @@ def build_run(recipe: Recipe, topology: Topology, *, init: bool = False) -> Run:
     engine = build_engine(model, recipe.optimizer, config, topology)
     seed_everything(recipe.seed + 1_000_003 * (1 + topology.data_parallel_rank))
     return Run(recipe, topology, prepared, shard, objective, engine, config, Progress(0, 0, 0))
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)  # also every GPU
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
