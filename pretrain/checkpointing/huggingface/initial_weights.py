@@ -10,9 +10,10 @@ from agg import VocabShard
 from pretrain.checkpointing.huggingface.config import config_problems
 from pretrain.checkpointing.huggingface.files import HuggingFaceFolder
 from pretrain.checkpointing.huggingface.tensors import tensor_maps
+from pretrain.checkpointing.split import parameter_splits
 from pretrain.data.prepare import PreparedData
-from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import UserError
+from pretrain.files import file_sha256
 from pretrain.recipe import Recipe
 
 _SHOWN_PROBLEMS = 5
@@ -49,23 +50,15 @@ def load_initial_weights(
         UserError: see :func:`check_initial_weights`.
     """
     folder = check_initial_weights(recipe, prepared)
-    parameters = dict(module.named_parameters())
+    parameters, splits = dict(module.named_parameters()), parameter_splits(module, shard.world_size)
     for entry in tensor_maps(recipe.model, prepared.vocab_size):
         whole = entry.restore([folder.tensor(name).float() for name in entry.theirs])
         parameter = parameters.pop(entry.ours)
         if whole.shape[0] != entry.shape[0]:  # a vocabulary
             parameter[: shard.real] = whole[shard.start : shard.start + shard.real]
         else:
-            parameter.copy_(_part_of_rank(whole, parameter, tensor_parallel_rank, shard.world_size))
+            parameter.copy_(splits[entry.ours].part(whole, tensor_parallel_rank, shard.world_size))
     assert not parameters, f"nothing was loaded for {', '.join(parameters)}"
-
-
-def _part_of_rank(whole: torch.Tensor, parameter: torch.nn.Parameter, rank: int, size: int) -> torch.Tensor:
-    """As megatron-core's ``_initialize_affine_weight_cpu`` cuts a matrix; stride 2 is [gate; up]."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
-    return torch.cat(whole.chunk(stride * size, dim)[rank::size], dim)
 
 
 def _tensor_problems(folder: HuggingFaceFolder, recipe: Recipe, vocab_size: int) -> list[str]:
@@ -81,7 +74,12 @@ def _tensor_problems(folder: HuggingFaceFolder, recipe: Recipe, vocab_size: int)
 
 def _check_tokenizer(path: Path, prepared: PreparedData) -> None:
     given = path / "tokenizer.model"
-    if given.exists() and Tokenizer.load(given).sha256 != prepared.tokenizer.sha256:
+    if not given.is_file():
+        raise UserError(
+            f"{path} has no tokenizer.model, so nothing tells whether the data were prepared with its tokenizer: put "
+            "the SentencePiece model there that these weights were trained with"
+        )
+    if file_sha256(given) != prepared.tokenizer.sha256:
         raise UserError(
             f"the data in {prepared.folder} were prepared with another tokenizer than {given}: prepare another "
             f"data.folder with data.tokenizer.model_file={given}"
