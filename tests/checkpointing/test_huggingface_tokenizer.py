@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.recipe import TokenizerRecipe
 
 CODE = Path(random.__file__).read_text(encoding="utf-8")
+CORPUS = [CODE, "<unk> </s> <pad> <0x41>\n" * 300]
 PARTS = (
     " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\0", "the", "self.", "def ", "Random", "e", "aa", "ab", "0", "12",
     "3.14", "_", "---", "====", "#", "é", "e\u0301", "ü", "漢字", "日本語", "😀", "👩\u200d👧", "\u00a0", "\u200b",
@@ -51,7 +52,7 @@ def loaded(model_file, folder, model_type="gpt2"):
 
 def trained(path, **options):
     recipe = TokenizerRecipe(vocab_size=700, **options)
-    train_tokenizer(training_lines([CODE]), recipe, path, 0)
+    train_tokenizer(training_lines(CORPUS), recipe, path, 0)
     return path
 
 
@@ -93,15 +94,21 @@ def given(path, **options):
     """A model that was not trained here: with SentencePiece's own defaults where nothing is said."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=training_lines([CODE]), model_writer=model, vocab_size=700, minloglevel=2, **options
+        sentence_iterator=training_lines(CORPUS), model_writer=model, vocab_size=700, minloglevel=2, **options
     )
     path.write_bytes(model.getvalue())
     return path
 
 
-def test_a_model_as_llama_has_it(tmp_path):
-    """A blank before the text, and no piece for newlines."""
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+AS_IS = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+FAMILIES = {
+    "llama": AS_IS,  # a blank before the text, and no piece for newlines
+    "gemma": {**AS_IS, "add_dummy_prefix": False, "user_defined_symbols": ["\n", "<x>", "aab"]},
+}
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES)
+def test_given_models_that_do_not_normalize(tmp_path, options):
     model_file = given(tmp_path / "tokenizer.model", model_type="bpe", **options)
     ours, theirs, difference = loaded(model_file, tmp_path / "out", "llama")
     assert difference == "" and theirs.pad_token is None
