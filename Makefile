@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-long lint clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,9 @@ quickstart: install
 
 test: install
 	@$(RUN) pytest -q
+
+test-long: install
+	@$(RUN) pytest -q -m long
 
 lint: install
 	@$(RUN) ruff check .

@@ -146,7 +146,9 @@ def _is_done(recipe: Recipe) -> bool:
 
 
 def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the number of ranks that the checkpoint was saved on, which a launcher may have chosen."""
+    """The recipe, where it leaves the number of ranks to the launcher with the one that the checkpoint was saved on."""
+    if recipe.parallel.data_parallel_size is not None:
+        return recipe
     size = check_whole(checkpoint)["layout"]["data_parallel_size"]
     return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, data_parallel_size=size))
 

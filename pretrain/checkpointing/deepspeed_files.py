@@ -66,10 +66,9 @@ class DeepSpeedFiles:
         self._known_places: dict[int, dict[str, _Place]] = {}
 
     def flat(self, name: str, kind: Kind, tensor_parallel_rank: int) -> torch.Tensor:
-        """One tensor-parallel rank's part of a parameter, fp32, flattened; ZeRO 3 may pad the end.
-
-        Adam's state is zero before the first step.
-        """
+        """One tensor-parallel rank's part of a parameter, fp32, flattened; ZeRO 3 may pad the end."""
+        if kind != "weight" and not self._adam_states(tensor_parallel_rank, 0):  # before the first step
+            return torch.zeros_like(self.flat(name, "weight", tensor_parallel_rank))
         if self._stage == 0:
             return self._unsharded(name, kind, tensor_parallel_rank).flatten()
         pieces = self._even_pieces if self._stage == 3 else self._consecutive_pieces
@@ -114,8 +113,7 @@ class DeepSpeedFiles:
         size = len(weights) + (saved["group_paddings"][group] if self._saved_without_padding else 0)
         if kind == "weight":
             return weights, size
-        states = self._adam_states(tensor_parallel_rank, rank)
-        return (states[group][kind] if states else torch.zeros(size)), size
+        return self._adam_states(tensor_parallel_rank, rank)[group][kind], size
 
     def _places(self, tensor_parallel_rank: int) -> dict[str, _Place]:
         if tensor_parallel_rank not in self._known_places:

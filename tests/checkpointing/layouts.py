@@ -38,19 +38,43 @@ LAYOUTS = [
     Layout(tensor, data, stage) for stage in (0, 1, 2, 3) for tensor, data in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
 ]
 
+BF16_SOURCES = [  # variant and layout, for the short form of the tests
+    ("gpt2-bf16", Layout(1, 2, 0)),
+    ("llama-bf16", Layout(2, 1, 1)),
+    ("gpt2-bf16", Layout(1, 2, 2)),
+    ("llama-bf16", Layout(2, 1, 3)),
+    ("gpt2-bf16", Layout(1, 2, 1)),
+    ("gpt2-bf16", Layout(1, 2, 3)),
+]
+
 
 @dataclass
 class Told:
-    """What one rank saw."""
+    """What one rank saw: losses of all its steps, the rest at ``SAVED_AT``."""
 
     tensor_parallel_rank: int
+    seed: int
     losses: list[float]
-    consumed: tuple[int, int, int]
+    progress: tuple[int, int, int]
     counts: tuple[int, list[int]]  # first id of the shard, appearances
     tensors: dict[str, dict[str, torch.Tensor]]  # this tensor-parallel rank's parts, by DeepSpeed's own functions
 
 
-def on_layout(recipe: Recipe, layout: Layout, root: Path, **policy: Any) -> Recipe:
+@dataclass
+class Saved:
+    checkpoint: Path
+    told: list[Told]
+
+
+VARIANTS = {
+    "gpt2": {"model": {"style": "gpt2"}},
+    "llama": {"model": {"style": "llama", "num_query_groups": 2}},
+    "gpt2-bf16": {"model": {"style": "gpt2", "tied_embeddings": False}, "precision": "bf16"},
+    "llama-bf16": {"model": {"style": "llama", "num_query_groups": 2, "tied_embeddings": True}, "precision": "bf16"},
+}
+
+
+def on_layout(recipe: Recipe, layout: Layout, root: Path, sharding: str = "") -> Recipe:
     """The recipe of a run in ``root/LAYOUT``."""
     recipe = change(
         recipe,
@@ -60,23 +84,44 @@ def on_layout(recipe: Recipe, layout: Layout, root: Path, **policy: Any) -> Reci
         parallel={
             "tensor_model_parallel_size": layout.tensor,
             "data_parallel_size": layout.data,
-            "sharding": f"zero{layout.stage}",
+            "sharding": sharding or f"zero{layout.stage}",
         },
     )
     recipe.check()
     return recipe
 
 
-def save_on(recipe: Recipe, layout: Layout, root: Path) -> tuple[Path, list[Told]]:
-    """Train from the beginning and save; the checkpoint, and what each rank saw."""
-    told = run_ranks(_train_and_save, layout.world_size, on_layout(recipe, layout, root))
-    return root / str(layout) / "checkpoints" / f"step_{SAVED_AT:08d}", told
+def save_on(recipe: Recipe, layout: Layout, root: Path, sharding: str = "") -> Saved:
+    """Train from the beginning, save at ``SAVED_AT``, and go on to ``STEPS``."""
+    told = run_ranks(_train_and_save, layout.world_size, on_layout(recipe, layout, root, sharding))
+    return Saved(_checkpoint(root, layout), told)
 
 
-def resume_on(recipe: Recipe, layout: Layout, root: Path, checkpoint: Path) -> tuple[Path, list[Told]]:
-    """Load, save again at once, and train to the end; the second checkpoint, and what each rank saw."""
-    told = run_ranks(_resume, layout.world_size, on_layout(recipe, layout, root), checkpoint)
-    return root / str(layout) / "checkpoints" / checkpoint.name, told
+def resume_on(recipe: Recipe, layout: Layout, root: Path, checkpoint: Path, sharding: str = "") -> Saved:
+    """Load, save again at once, and train to the end."""
+    told = run_ranks(_resume, layout.world_size, on_layout(recipe, layout, root, sharding), checkpoint)
+    return Saved(_checkpoint(root, layout), told)
+
+
+def differences(before: Saved, after: Saved, tolerance: float) -> list[str]:
+    """How a run that was moved is not the one that was saved; empty where it is."""
+    one, other = PortableCheckpoint(before.checkpoint), PortableCheckpoint(after.checkpoint)
+    found = [
+        f"{kind} of {name}"
+        for name in one.names()
+        for kind in KINDS
+        if not torch.equal(one.tensor(name, kind), other.tensor(name, kind))
+    ]
+    if one.names() != other.names() or one.adam_step != other.adam_step:
+        found.append(f"parameters or Adam's step: {one.adam_step}, {other.adam_step}")
+    if {rank.progress for rank in after.told} != {rank.progress for rank in before.told}:
+        found.append(f"progress: {before.told[0].progress}, {after.told[0].progress}")
+    if whole_counts(before.told) != whole_counts(after.told):
+        found.append("token counts")
+    expected = before.told[0].losses[SAVED_AT:]
+    if not all(abs(a - b) <= tolerance for rank in after.told for a, b in zip(rank.losses, expected, strict=True)):
+        found.append(f"losses: {after.told[0].losses}, expected {expected}")
+    return found
 
 
 def whole_counts(told: list[Told]) -> list[int]:
@@ -88,10 +133,8 @@ def whole_counts(told: list[Told]) -> list[int]:
     return [count for start in sorted(shards) for count in shards[start]]
 
 
-def same_tensors(one: PortableCheckpoint, other: PortableCheckpoint) -> bool:
-    """Bit for bit, weights and Adam's state and step."""
-    assert one.names() == other.names() and one.adam_step == other.adam_step
-    return all(torch.equal(one.tensor(name, kind), other.tensor(name, kind)) for name in one.names() for kind in KINDS)
+def _checkpoint(root: Path, layout: Layout) -> Path:
+    return root / str(layout) / "checkpoints" / f"step_{SAVED_AT:08d}"
 
 
 def _train_and_save(rank: int, world_size: int, recipe: Recipe) -> Told:
@@ -101,7 +144,9 @@ def _train_and_save(rank: int, world_size: int, recipe: Recipe) -> Told:
     run = build_run(recipe, connect(recipe))
     losses = _advance(run, SAVED_AT)
     _save(run)
-    return _tell(run, losses)
+    told = _tell(run)
+    told.losses = losses + _advance(run, STEPS - SAVED_AT)
+    return told
 
 
 def _resume(rank: int, world_size: int, recipe: Recipe, checkpoint: Path) -> Told:
@@ -113,7 +158,7 @@ def _resume(rank: int, world_size: int, recipe: Recipe, checkpoint: Path) -> Tol
     load = run.objective.load_state_dict
     run.progress = load_checkpoint(run.engine, checkpoint, load, run.topology, run.identity, recipe.seed)
     _save(run)
-    told = _tell(run, [])
+    told = _tell(run)
     told.losses = _advance(run, STEPS - SAVED_AT)
     return told
 
@@ -140,14 +185,15 @@ def _save(run: Any) -> None:
     save(run, RunFolder(run.recipe.run_folder))
 
 
-def _tell(run: Any, losses: list[float]) -> Told:
+def _tell(run: Any) -> Told:
     frequency = run.objective.module.frequency
     return Told(
         run.topology.tensor_parallel_rank,
-        losses,
+        torch.initial_seed(),
+        [],
         dataclasses.astuple(run.progress),
         (run.shard.start, frequency.appearances.tolist()),
-        _tensors_by_deepspeed(run.engine),
+        _tensors_by_deepspeed(run.engine) if run.progress.step else {},
     )
 
 

@@ -100,10 +100,8 @@ def test_a_damaged_checkpoint_is_named(prepared_recipe, tmp_path, damage, messag
         latest_checkpoint(checkpoints)
 
 
-def test_another_layout_is_refused(prepared_recipe, tmp_path):
+def test_another_global_batch_is_refused(prepared_recipe, tmp_path):
     recipe = change(prepared_recipe, output_root=str(tmp_path))
     train_on_ranks(recipe, 1, stop_at_step=2)
-    folder = RunFolder(recipe.run_folder)
-    wider = change(recipe, parallel={"data_parallel_size": 2})
-    with pytest.raises(UserError, match="parallel.data_parallel_size: there 1, asked for 2"):
-        folder.claim(wider, "")
+    with pytest.raises(UserError, match="batch.global_batch_size: there 8, asked for 16"):
+        RunFolder(recipe.run_folder).claim(change(recipe, batch={"global_batch_size": 16}), "")

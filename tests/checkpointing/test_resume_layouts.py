@@ -1,0 +1,199 @@
+"""A run goes on on any other layout as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpointing import checkpoint, portable_load
+from pretrain.checkpointing.checkpoint import Progress
+from pretrain.checkpointing.portable import PortableCheckpoint
+from pretrain.checkpointing.portable_load import seed_of_resume
+from pretrain.checkpointing.split import Split
+from pretrain.run_folder import RunFolder
+from pretrain.training.deepspeed_config import find_policy
+from pretrain.training.objective import GatedObjective
+from tests.checkpointing.layouts import (
+    BF16_SOURCES,
+    LAYOUTS,
+    SAVED_AT,
+    VARIANTS,
+    Layout,
+    differences,
+    resume_on,
+    save_on,
+)
+from tests.small_runs import change, train_on_ranks
+
+TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}  # nats per token; a sample too many changes it by more than 1e-2
+
+
+def moves(variant, saved_on, root, name: str, source: Layout, target: Layout) -> list[str]:
+    """What is not as it was after a move."""
+    recipe, saved = variant(name), saved_on(name, source)
+    resumed = resume_on(recipe, target, root, saved.checkpoint)
+    return differences(saved, resumed, TOLERANCE[recipe.precision])
+
+
+def other(source: Layout) -> Layout:
+    """Another layout in every respect; each is the other of one."""
+    stage, place = divmod(LAYOUTS.index(source), 5)
+    return LAYOUTS[(stage + 1) % 4 * 5 + (place + 1 + stage) % 5]
+
+
+def test_every_layout_is_a_source_and_a_target():
+    assert {other(source) for source in LAYOUTS} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+def test_goes_on_elsewhere(variant, saved_on, tmp_path, source):
+    """Weights, Adam's state and counts bit for bit, the next losses to the reduction order."""
+    name = ("gpt2", "llama")[LAYOUTS.index(source) % 2]
+    assert moves(variant, saved_on, tmp_path, name, source, other(source)) == []
+
+
+@pytest.mark.parametrize(("name", "source"), BF16_SOURCES)
+def test_goes_on_elsewhere_in_bf16(variant, saved_on, tmp_path, name, source):
+    target = Layout(source.data, source.tensor, (source.stage + 1) % 4)
+    assert moves(variant, saved_on, tmp_path, name, source, target) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", LAYOUTS, ids=str)
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_from_each_to_each(variant, saved_on, tmp_path, name, source, target):
+    assert moves(variant, saved_on, tmp_path, name, source, target) == []
+
+
+def policy(path: Path, stage: int, **zero: object) -> str:
+    """A sharding file with options that move elements within DeepSpeed's files."""
+    given = json.loads(find_policy(f"zero{stage}").read_text())
+    given["zero_optimization"] |= zero
+    path.write_text(json.dumps(given))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (Layout(1, 2, 1), {"round_robin_gradients": True}),
+        (Layout(1, 2, 2), {"parameter_alignment": True}),
+        (Layout(1, 2, 3), {"sub_group_size": 5000}),
+    ],
+    ids=str,
+)
+def test_options_that_move_elements(variant, saved_on, tmp_path, layout, options):
+    """The same ranks and stage, but the files are laid out otherwise: there and back."""
+    recipe, saved = variant("gpt2"), saved_on("gpt2", layout)
+    sharding = policy(tmp_path / "policy.json", layout.stage, **options)
+    there = resume_on(recipe, layout, tmp_path / "there", saved.checkpoint, sharding)
+    assert differences(saved, there, TOLERANCE["fp32"]) == []
+    back = resume_on(recipe, layout, tmp_path / "back", there.checkpoint)
+    assert differences(saved, back, TOLERANCE["fp32"]) == []
+
+
+@pytest.mark.parametrize(("stage", "name"), [(2, "gpt2"), (3, "gpt2-bf16")])
+def test_offloaded_state_moves(variant, saved_on, tmp_path, stage, name):
+    recipe, saved = variant(name), saved_on(name, Layout(1, 2, stage))
+    offloaded = resume_on(recipe, Layout(1, 1, stage), tmp_path, saved.checkpoint, f"zero{stage}_offload")
+    tolerance = TOLERANCE[recipe.precision]
+    assert differences(saved, offloaded, tolerance) == []
+    back = resume_on(recipe, Layout(2, 1, 1), tmp_path, offloaded.checkpoint)
+    assert differences(saved, back, tolerance) == []
+
+
+def test_before_the_first_step(variant, tmp_path, monkeypatch):
+    """There is no optimizer state yet."""
+    monkeypatch.setattr("tests.checkpointing.layouts.SAVED_AT", 0)
+    recipe = variant("llama")
+    saved = save_on(recipe, Layout(1, 2, 2), tmp_path / "saved")
+    for target in (Layout(2, 1, 3), Layout(1, 1, 0)):
+        resumed = resume_on(recipe, target, tmp_path / "resumed", saved.checkpoint)
+        assert differences(saved, resumed, TOLERANCE["fp32"]) == []
+
+
+def swapped_states(self, name, kind, rank, size, part=PortableCheckpoint.part):
+    other_kind = {"weight": "weight", "exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}[kind]
+    return part(self, name, other_kind, rank, size).abs()  # else a square root is not a number
+
+
+def one_step_too_many(optimizer, fragment, step, adam_state=portable_load._adam_state):
+    return adam_state(optimizer, fragment, step + 1)
+
+
+MUTANTS = {
+    "the halves of the gated unit are merged as one": (
+        Split,
+        "merge",
+        lambda split, parts: torch.cat(parts, split.dim or 0),
+    ),
+    "exp_avg and exp_avg_sq are swapped": (PortableCheckpoint, "part", swapped_states),
+    "Adam counts one step too many": (portable_load, "_adam_state", one_step_too_many),
+    "the model keeps its old weights": (portable_load, "_refresh_working_weights", lambda engine: None),
+    "the data go on one sample later": (
+        checkpoint,
+        "Progress",
+        lambda step, samples, n: Progress(step, samples + 1, n),
+    ),
+    "token counts are not loaded": (GatedObjective, "load_state_dict", lambda objective, states: None),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_move_shows(variant, saved_on, tmp_path, monkeypatch, mutant):
+    """The tests above would see each of these."""
+    saved = saved_on("llama", Layout(2, 1, 1))
+    with monkeypatch.context() as broken:
+        broken.setattr(*MUTANTS[mutant])
+        resumed = resume_on(variant("llama"), Layout(1, 2, 2), tmp_path, saved.checkpoint)
+    assert any(found.startswith("losses") for found in differences(saved, resumed, TOLERANCE["fp32"]))
+
+
+def test_random_streams_begin_anew(variant, saved_on, tmp_path):
+    """Shared by the tensor-parallel ranks of a replica, different between replicas, moments and seeds."""
+    recipe, saved = variant("gpt2"), saved_on("gpt2", Layout(1, 1, 0))
+    resumed = resume_on(recipe, Layout(2, 2, 1), tmp_path, saved.checkpoint)
+    samples = SAVED_AT * recipe.batch.global_batch_size
+    assert [rank.seed for rank in resumed.told] == [seed_of_resume(recipe.seed, rank, samples) for rank in (0, 0, 1, 1)]
+    assert len({seed_of_resume(seed, rank, n) for seed in (1, 2) for rank in (0, 1) for n in (8, 16)}) == 8
+
+
+def test_train_goes_on_elsewhere(prepared_recipe, tmp_path):
+    """Twice, with other micro-batches: metrics without gaps, and a record of every change."""
+    recipe = change(prepared_recipe, output_root=str(tmp_path / "moved"))
+    alone = train_on_ranks(change(recipe, output_root=str(tmp_path / "alone")), 1)
+    train_on_ranks(recipe, 2, stop_at_step=2)
+    parallel = {"tensor_model_parallel_size": 2, "sharding": "zero3"}
+    train_on_ranks(change(recipe, parallel=parallel, batch={"micro_batch_size": 4}), 4, stop_at_step=4)
+    records = train_on_ranks(change(recipe, parallel={"sharding": "zero2"}), 1)
+    for record, expected in zip(records, alone, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE["fp32"])
+        for key in ("step", "tokens", "learning_rate", "rare_fraction"):
+            assert record[key] == expected[key]
+    folder = RunFolder(recipe.run_folder)
+    changes = [json.loads(line)["changes"] for line in folder.layout_changes_file.read_text().splitlines()]
+    assert changes[0] == [
+        "batch.micro_batch_size: there 2, asked for 4",
+        "parallel.sharding: there 'zero1', asked for 'zero3'",
+        "parallel.tensor_model_parallel_size: there 1, asked for 2",
+    ]
+    assert len(changes) == 2 and folder.saved_recipe().parallel.sharding == "zero2"
+
+
+def test_another_precision_is_refused(variant, saved_on, tmp_path):
+    saved = saved_on("gpt2", Layout(1, 1, 0))
+    with pytest.raises(AssertionError, match=r"UserError: .* trained in another precision: bf16 was False, now True"):
+        resume_on(change(variant("gpt2"), precision="bf16"), Layout(1, 1, 1), tmp_path, saved.checkpoint)
+
+
+def test_another_model_is_refused(variant, saved_on, tmp_path, monkeypatch):
+    """Also where nothing else tells: here the hash of the recipe is not compared."""
+    monkeypatch.setattr("pretrain.training.setup.Run.identity", {})
+    saved = saved_on("gpt2", Layout(1, 1, 0))
+    deeper = change(variant("gpt2"), model={"num_layers": 3})
+    with pytest.raises(AssertionError, match=r"another model: decoder.layers.2.* is not there"):
+        resume_on(deeper, Layout(2, 1, 1), tmp_path, saved.checkpoint)
