@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "List or verify the checkpoints of a run."
+    text = "List, verify or export the checkpoints of a run."
     inner = verbs.add_parser("checkpoint", help=text, description=text).add_subparsers(
         title="verbs", required=True, metavar="VERB"
     )
@@ -112,6 +112,14 @@ def _add_checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPar
     added.set_defaults(run="pretrain.checkpoint_commands:verify")
     added.add_argument("folder", metavar="RUN", type=Path)
     added.add_argument("--step", type=_positive, metavar="STEP", help="this one only")
+
+    text = "Write the weights and the tokenizer as a Hugging Face folder, for transformers and other tools."
+    added = inner.add_parser("export", help=text, description=text)
+    added.set_defaults(run="pretrain.checkpoint_commands:export")
+    added.add_argument("folder", metavar="RUN", type=Path)
+    added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must be empty or not exist")
+    added.add_argument("--step", type=_positive, metavar="STEP", help="instead of the latest")
+    added.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
 
 
 def _positive(text: str) -> int:

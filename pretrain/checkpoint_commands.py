@@ -1,4 +1,7 @@
-"""``pretrain checkpoint``: what a run has saved, and whether it is good. Imports no torch, so it answers at once."""
+"""``pretrain checkpoint``: what a run has saved, whether it is good, and taking it elsewhere.
+
+Needs neither a GPU nor a process group; list and verify import no torch, so they answer at once.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from pretrain.checkpointing.folder import (
 )
 from pretrain.console import say
 from pretrain.errors import EXIT_USER_ERROR, DamagedCheckpoint, UserError
+from pretrain.quiet import quiet_third_party
 from pretrain.run_folder import RunFolder
 
 
@@ -58,6 +62,40 @@ def verify(options: argparse.Namespace) -> int:
             files = read_manifest(path)["files"].values()
             say(f"{path.name}: {len(files)} files, {_bytes(sum(entry['bytes'] for entry in files))}, all valid")
     return EXIT_USER_ERROR if any(found.values()) else 0
+
+
+def export(options: argparse.Namespace) -> None:
+    """The whole weights of one checkpoint, and the tokenizer of the run's data."""
+    folder = RunFolder(options.folder)
+    recipe = folder.saved_recipe()
+    checkpoint = choose_checkpoint(folder.checkpoints, options.step)
+    quiet_third_party()
+    import torch
+
+    from pretrain.checkpointing.huggingface.export import export_huggingface
+    from pretrain.checkpointing.portable import PortableCheckpoint
+    from pretrain.data.manifest import Manifest
+    from pretrain.data.prepare import TOKENIZER_NAME
+
+    data = Path(recipe.data.folder)
+    manifest = Manifest.read(data)
+    if manifest is None or manifest.sha256 != read_manifest(checkpoint)["identity"]["data_sha256"]:
+        raise UserError(f"{data} does not hold the data of this run, whose tokenizer belongs into the export")
+    saved = PortableCheckpoint(checkpoint)
+    done = export_huggingface(
+        saved.tensor,
+        saved.names(),
+        recipe.model,
+        data / TOKENIZER_NAME,
+        options.output,
+        dtype=getattr(torch, options.dtype),
+    )
+    if done.tokenizer_difference:
+        say(f"tokenizer.json gives other ids for some texts, tokenizer.model is exact: {done.tokenizer_difference}")
+    say(
+        f"{recipe.name}, {checkpoint.name}: {done.tensors} tensors, {done.tensor_bytes / 1e6:,.1f} MB of "
+        f"{options.dtype} in {len(done.files)} file(s) of {options.output}"
+    )
 
 
 def _checkpoints_of(path: Path) -> Path:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pretrain.checkpointing.folder import check_whole, checkpoint_name, choose_checkpoint, problems_of
+from pretrain.checkpointing.folder import check_whole, checkpoint_name, checkpoints_in, choose_checkpoint, problems_of
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
@@ -140,7 +140,11 @@ def _check_before_start(recipe: Recipe, world_size: int) -> None:
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     if place_from_environment() is None:
         check_devices(recipe, recipe.local_world_size)
-    PreparedData.open(recipe)
+    prepared = PreparedData.open(recipe)
+    if recipe.model.init_from and not checkpoints_in(RunFolder(recipe.run_folder).checkpoints):
+        from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
+
+        check_initial_weights(recipe, prepared)
 
 
 def _check_evaluation(recipe: Recipe) -> None:

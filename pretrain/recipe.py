@@ -73,6 +73,7 @@ class ModelRecipe:
     rope_base: int = 10_000
     vocab_multiple_of: int = 128  # rows are padded to it, whatever the tensor-parallel degree
     activation_checkpointing: Literal["none", "full"] = "none"
+    init_from: str = ""  # a Hugging Face folder whose weights the run starts with; empty: drawn from the seed
 
     @property
     def query_groups(self) -> int:

@@ -106,7 +106,8 @@ class RunFolder:
 
     def _differences(self, recipe: Recipe) -> dict[str, str]:
         """Keys whose values differ from the saved recipe's, each with "key: there X, asked for Y"."""
-        saved, wanted = flatten(self._saved_tree()), flatten(_with_whole_paths(recipe_to_dict(recipe)))
+        saved = flatten(recipe_to_dict(self.saved_recipe()))  # keys newer than the run: defaults
+        wanted = flatten(_with_whole_paths(recipe_to_dict(recipe)))
         return {
             key: f"{key}: there {saved.get(key)!r}, asked for {wanted.get(key)!r}"
             for key in sorted(saved.keys() | wanted.keys())
@@ -163,6 +164,8 @@ def _with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
     sharding = Path(tree["parallel"]["sharding"])
     if sharding.is_file():
         tree["parallel"]["sharding"] = str(sharding.absolute())
+    if tree["model"]["init_from"]:
+        tree["model"]["init_from"] = str(Path(tree["model"]["init_from"]).absolute())
     files = tree["reporting"]["word_similarity"]
     tree["reporting"]["word_similarity"] = [str(Path(name).absolute()) for name in files]
     return tree

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpointing.checkpoint import Progress, resume
-from pretrain.checkpointing.folder import remove_unfinished
+from pretrain.checkpointing.folder import checkpoints_in, remove_unfinished
 from pretrain.console import bar, say
 from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
 from pretrain.evaluation.geometry import measure_geometry
@@ -49,7 +49,7 @@ def train(
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(60 * recipe.hang_timeout_minutes, topology.rank, stacks))
         watchdog.expect("the start", PATIENCE)
-        run = build_run(recipe, topology)
+        run = build_run(recipe, topology, init=not checkpoints_in(folder.checkpoints))
         stack.callback(run.saver.wait)
         if topology.is_first:
             remove_unfinished(folder.checkpoints)
@@ -286,3 +286,5 @@ def _announce(run: Run, resumed: bool) -> None:
     )
     if resumed:
         say(f"goes on from step {run.progress.step:,} ({run.progress.consumed_tokens:,} tokens)")
+    elif recipe.model.init_from:
+        say(f"starts with the weights of {recipe.model.init_from}")
