@@ -56,7 +56,7 @@ def _scale_rows_if(matrix, factor, condition, stride, columns, block: tl.constex
 
 
 def softmax_rows_(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One program per row; log of the norm and the target's logit, float32 [C]. See :func:`agg.kernels.softmax_rows_`."""
+    """See :func:`agg.kernels.softmax_rows_`; one program per row. Log of the norm, target's logit: float32 [C]."""
     log_norm = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     own = torch.empty_like(log_norm)
     _softmax_rows[(len(logits),)](
