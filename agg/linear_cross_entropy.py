@@ -84,6 +84,10 @@ def _check(
     reduction: str,
     chunk_tokens: int | None,
 ) -> None:
+    if hasattr(weight, "placements"):
+        raise ValueError(
+            "weight is a sharded DTensor: call the loss inside the forward of the module whose parameters FSDP gathers"
+        )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [T, D] and weight [V_local, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"

@@ -19,7 +19,8 @@ class AdaptiveGradientGating(torch.nn.Module):
     """A cross-entropy that keeps rare tokens alive; in ``eval()`` the plain cross-entropy.
 
     Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
-    of the step first, then the loss once per micro-batch. Do the one or the other, not both.
+    of the step first, then the loss once per micro-batch. Do the one or the other, not both. For the gradient of the
+    whole step divide sums (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
 
     A loss that is not finite comes back as it is, as from torch's; unless :meth:`undo_step` takes the step back, all
     data-parallel ranks raise FloatingPointError in the step after, so that none is left waiting for another.

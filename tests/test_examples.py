@@ -17,7 +17,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from agg import AdaptiveGradientGating
+from agg import AdaptiveGradientGating, VocabShard
 from pretrain.examples import fsdp, huggingface, huggingface_trainer, megatron_core, torch_loop
 from pretrain.examples.corpus import VOCAB_SIZE, zipf_batch
 from tests.distributed import run_ranks
@@ -66,9 +66,23 @@ def test_each_command_is_in_the_readme():
     assert [name for name in EXAMPLES if f"-m pretrain.examples.{name}`" not in text] == []
 
 
-def test_torch_loop_does_not_depend_on_micro_batches():
-    whole = torch_loop.train(STEPS, micro_batches=1)
-    assert same(torch_loop.train(STEPS, micro_batches=4), whole)
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_torch_loop_equals_whole_batches(micro_batches):
+    """Without begin_step: one call a step, which counts by itself."""
+    torch.manual_seed(0)
+    model, losses = torch_loop.SmallModel(), []
+    shard = VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
+    loss_of = AdaptiveGradientGating(shard, rare_fraction=0.3, window_steps=20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(STEPS):
+        batch = zipf_batch(step)
+        hidden = model(batch[:, :-1].clamp(min=0)).flatten(0, 1)
+        loss = loss_of(hidden, model.output.weight, batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert same(torch_loop.train(STEPS, micro_batches), (losses, model.output.weight))
 
 
 def test_torch_loop_gates():
@@ -161,8 +175,8 @@ def initialize_megatron(degree):
 
 
 def test_megatron_core_evaluates_the_cross_entropy_of_its_own_logits():
-    for gated, plain in run_ranks(megatron_evaluation, 2):
-        assert gated == pytest.approx(plain, rel=1e-12)
+    for gated, plain, steps in run_ranks(megatron_evaluation, 2):
+        assert gated == pytest.approx(plain, rel=1e-12) and steps == 0
 
 
 def megatron_evaluation(rank, world_size):
@@ -176,7 +190,7 @@ def megatron_evaluation(rank, world_size):
         del model.output_layer.forward  # the class's own again: logits of this rank's rows
         logits = model.loss_of.shard.all_gather(model(tokens, positions, None)).movedim(0, 2).flatten(2)
     plain = F.cross_entropy(logits[..., :VOCAB_SIZE].flatten(0, 1), targets.flatten(), reduction="sum")
-    return loss.item(), plain.item()
+    return loss.item(), plain.item(), model.loss_of.frequency.steps
 
 
 def test_megatron_core_with_sequence_parallelism():
@@ -296,11 +310,12 @@ def counting_the_first_micro_batch(trainer, *arguments):
 
 def test_trainer_evaluates_the_plain_loss_and_counts_nothing(tmp_path):
     for evaluated, plain, steps in run_ranks(evaluating_trainer, 2, str(tmp_path)):
-        assert evaluated == pytest.approx(plain, rel=1e-6) and steps == 2
+        assert evaluated == pytest.approx(plain, rel=1e-6) and steps == 0
 
 
 def evaluating_trainer(rank, world_size, folder):
     trainer = huggingface_trainer.train(huggingface.small_gpt2(), folder, 2, per_device_eval_batch_size=8)
+    trainer.loss_of = huggingface.build_loss(VOCAB_SIZE, torch.distributed.group.WORLD)  # as before any training
     labels = zipf_batch(99)
     evaluated = trainer.evaluate([{"input_ids": row.clamp(min=0), "labels": row} for row in labels])["eval_loss"]
     with torch.no_grad():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from agg import AdaptiveGradientGating, TokenFrequency, VocabShard
 from tests.agg.problems import make_problem
@@ -94,3 +96,16 @@ def shard_without_its_group(rank: int, world_size: int):
 def test_a_split_vocabulary_needs_its_group(world_size):
     for error in run_ranks(shard_without_its_group, world_size):
         assert error.startswith("ValueError: the shard [") and "names no group" in error
+
+
+def sharded_by_fsdp(rank: int, world_size: int):
+    problem = make_problem()
+    mesh = init_device_mesh("cpu", (world_size,))
+    weight = distribute_tensor(problem.weight, mesh, [Shard(0)])
+    module = AdaptiveGradientGating(problem.shard(0, 1), alpha=0.3, window_steps=2)
+    return caught(lambda: module(problem.hidden, weight, problem.target))
+
+
+def test_a_weight_that_fsdp_has_not_gathered():
+    for error in run_ranks(sharded_by_fsdp, 2):
+        assert error.startswith("ValueError: weight is a sharded DTensor: call the loss inside the forward")
