@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test faults lint clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,9 @@ quickstart: install
 
 test: install
 	@$(RUN) pytest -q
+
+faults: install
+	@$(RUN) tests.faults --kills 36
 
 lint: install
 	@$(RUN) ruff check .
