@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ from pretrain.recipe import (
 )
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
+
+
+def write_corpus(path: Path) -> None:
+    """600 lines of made-up words with a Zipf tail, in which the next word depends on the last."""
+    draw = random.Random(7)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 8))) for _ in range(800)]
+    lines = []
+    for _ in range(600):
+        place, line = draw.randrange(800), []
+        for _ in range(draw.randint(10, 40)):
+            place = int(800 * draw.random() ** 3) if draw.random() < 0.5 else (place * 7 + 3) % 800
+            line.append(words[place])
+        lines.append(" ".join(line))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def small_recipe(corpus_file: Path, data_folder: Path) -> Recipe:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,8 +121,7 @@ def killed_run(recipe: Recipe, world_size: int, kills: int, draw: random.Random)
         with tempfile.TemporaryDirectory() as returned:
             begin = time.monotonic()
             ranks = start_ranks(train_rank, world_size, returned, recipe, None)
-            alive = lambda ranks=ranks: all(rank.is_alive() for rank in ranks)  # noqa: E731
-            figures.seconds_to_resume.append(_await_moment(folder, begin, alive=alive, saving=kill % 2 == 1, draw=draw))
+            figures.seconds_to_resume.append(await_moment(folder, begin, ranks, saving=kill % 2 == 1, draw=draw))
             victims = ranks if draw.random() < 0.5 else [draw.choice(ranks)]
             for victim in victims:
                 victim.kill()
@@ -144,8 +145,8 @@ def _valid(folder: RunFolder) -> list[Path]:
     return [path for path in checkpoints_in(folder.checkpoints) if not problems_of(path)]
 
 
-def _await_moment(
-    folder: RunFolder, begin: float, *, alive: Callable[[], bool], saving: bool, draw: random.Random
+def await_moment(
+    folder: RunFolder, begin: float, processes: Sequence[Any], *, saving: bool, draw: random.Random
 ) -> float:
     """Return in the middle of a step some records after the start, or while a checkpoint is being written.
 
@@ -154,19 +155,40 @@ def _await_moment(
     """
     resumed_step = max((read_manifest(path)["step"] for path in _valid(folder)), default=0)
     before, wanted, seconds = _inode(folder.metrics_file), draw.randint(1, 3), None
-    while alive():
+    while _alive(processes):
         time.sleep(0.001)
         if _inode(folder.metrics_file) == before:  # a run that goes on replaces the file
             continue
-        new = folder.metrics_file.read_bytes().count(b"\n") - resumed_step
-        if new >= 1 and seconds is None:
+        lines = folder.metrics_file.read_bytes().split(b"\n")[:-1]
+        if len(lines) > resumed_step and seconds is None:
             seconds = time.monotonic() - begin
-        if new >= wanted and seconds is not None and (not saving or list(folder.checkpoints.glob("tmp_step_*"))):
-            time.sleep(draw.random() * (0.02 if saving else 0.2))
+        if len(lines) >= resumed_step + wanted and (not saving or list(folder.checkpoints.glob("tmp_step_*"))):
+            time.sleep(draw.random() * (0.02 if saving else json.loads(lines[-1])["step_seconds"]))
             break
-    assert seconds is not None and alive(), "the run ended before it was killed: give it more steps"
+    assert seconds is not None and _alive(processes), "the run ended before it was killed: give it more steps"
     return seconds
+
+
+def _alive(processes: Sequence[Any]) -> bool:
+    """Of multiprocessing or of subprocess."""
+    return all(p.poll() is None if isinstance(p, subprocess.Popen) else p.is_alive() for p in processes)
 
 
 def _inode(path: Path) -> int | None:
     return path.stat().st_ino if path.exists() else None
+
+
+def damage_each_file(checkpoint: Path, draw: random.Random) -> int:
+    """Damage each file in each way, see that it alone is named, and put it back; how many damages that were."""
+    assert problems_of(checkpoint) == []
+    count = 0
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        for name, damage in DAMAGES.items():
+            damage(path, draw)
+            (problem,) = problems_of(checkpoint)
+            assert problem.startswith(f"{path.name} "), (name, problem)
+            path.write_bytes(content)
+            count += 1
+    assert problems_of(checkpoint) == []
+    return count
