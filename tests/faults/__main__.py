@@ -76,10 +76,11 @@ def main() -> None:
         )
         resumes = _resume_from_damage(root / "0" / "calm" / "small", recipe, draw)
     seconds = sorted(second for figure in figures for second in figure.seconds_to_resume)
-    print(f"kills: {sum(figure.kills for figure in figures)}, of them during a save: "
-          f"{sum(figure.kills_during_save for figure in figures)}; every run ended bit for bit as the undisturbed one")  # fmt: skip
-    print(f"checkpoints that verified after a kill: {sum(figure.loaded for figure in figures)}, all loaded; "
-          f"bytes lost: {sum(figure.bytes_lost for figure in figures)}")  # fmt: skip
+    total = {key: sum(getattr(figure, key) for figure in figures) for key in ("kills", "kills_during_save", "loaded")}
+    print(f"kills: {total['kills']}, of them during a save: {total['kills_during_save']}")
+    print("every run ended bit for bit as the undisturbed one")
+    print(f"checkpoints that verified after a kill: {total['loaded']}, all loaded")
+    print(f"bytes lost: {sum(figure.bytes_lost for figure in figures)}")
     print(f"damages: {damages}, each named; runs resumed past a damage: {resumes}, each bit for bit")
     print(f"seconds to resume: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
 

@@ -96,7 +96,12 @@ def load_rank(rank: int, world_size: int, recipe: Recipe, steps: list[int]) -> l
     checkpoints = RunFolder(recipe.run_folder).checkpoints
     return [
         load_checkpoint(
-            run.engine, checkpoints / f"step_{step:08d}", run.objective.load_state_dict, run.topology, run.identity
+            run.engine,
+            checkpoints / f"step_{step:08d}",
+            run.objective.load_state_dict,
+            run.topology,
+            run.identity,
+            recipe.seed,
         ).step
         for step in steps
     ]
