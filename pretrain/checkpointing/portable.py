@@ -13,7 +13,6 @@ import torch
 from pretrain.checkpointing.deepspeed_files import DeepSpeedFiles, Kind
 from pretrain.checkpointing.folder import check_whole
 from pretrain.checkpointing.split import Split
-from pretrain.errors import UserError
 from pretrain.files import write_json
 
 PARAMETERS_FILE = "parameters.json"
@@ -39,18 +38,13 @@ class PortableCheckpoint:
         adam_step: updates that Adam has made.
 
     Raises:
-        UserError: the checkpoint is not whole, or is one that loads only on the layout that saved it.
+        DamagedCheckpoint: the checkpoint is not whole.
+        UserError: it is one that loads only on the layout that saved it.
     """
 
     def __init__(self, folder: Path) -> None:
         manifest = check_whole(folder)
-        try:
-            described = json.loads((folder / PARAMETERS_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {PARAMETERS_FILE}, as it was saved by an older version: it loads only on the layout "
-                "that saved it"
-            ) from error
+        described = json.loads((folder / PARAMETERS_FILE).read_text(encoding="utf-8"))
         self.folder = folder
         self.layout: dict[str, Any] = manifest["layout"]
         self.step: int = manifest["step"]
