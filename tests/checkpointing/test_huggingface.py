@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers computes what we compute, and a run starts with what was written."""
+"""Hugging Face folders: transformers computes what we compute, and what was written comes back exactly."""
 
 from __future__ import annotations
 
