@@ -75,12 +75,14 @@ def main() -> None:
             for i in range(len(LAYOUTS))
         )
         resumes = _resume_from_damage(root / "0" / "calm" / "small", recipe, draw)
+    total = {
+        name: sum(getattr(figure, name) for figure in figures) for name in ("kills", "kills_during_save", "loaded")
+    }
+    lost = sum(figure.bytes_lost for figure in figures)
     seconds = sorted(second for figure in figures for second in figure.seconds_to_resume)
-    print(f"kills: {sum(figure.kills for figure in figures)}, of them during a save: "
-          f"{sum(figure.kills_during_save for figure in figures)}; every run ended bit for bit as the undisturbed one")  # fmt: skip
-    print(f"checkpoints that verified after a kill: {sum(figure.loaded for figure in figures)}, all loaded; "
-          f"bytes lost: {sum(figure.bytes_lost for figure in figures)}")  # fmt: skip
-    print(f"damages: {damages}, each named; runs resumed past a damage: {resumes}, each bit for bit")
+    print(f"kills: {total['kills']}, {total['kills_during_save']} of them during a save; all ends bit for bit the same")
+    print(f"checkpoints that verified after a kill: {total['loaded']}, all of them loaded; bytes lost: {lost}")
+    print(f"damages: {damages}, each named; runs that resumed past one: {resumes}, all ends bit for bit the same")
     print(f"seconds to resume: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
 
 
