@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: install quickstart test test-long lint clean
+.PHONY: install quickstart test test-long faults lint clean
 
 install: $(VENV)/installed
 
@@ -28,6 +28,9 @@ test: install
 
 test-long: install
 	@$(RUN) pytest -q -m long
+
+faults: install
+	@$(RUN) tests.faults --kills 36
 
 lint: install
 	@$(RUN) ruff check .

@@ -6,6 +6,7 @@ over rounds; absolute times of a shared machine mean little. Gradients are compa
     python -m agg.benchmark                                   # sizes that fit this machine
     python -m agg.benchmark --sizes 50257x256x8192 --rounds 9 --output result.json
     python -m agg.benchmark --tensor-parallel 2               # two local ranks, half of the vocabulary each
+    python -m agg.benchmark --sides torch                     # beside ours only the sides of torch
 
 Letters in sizes: V x D x T, vocabulary, hidden size, tokens.
 """
@@ -119,11 +120,18 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> dict[str, fl
 
 
 def benchmark(
-    size: tuple[int, int, int], rounds: int, dtype: torch.dtype, device: str, shard: VocabShard
+    size: tuple[int, int, int],
+    rounds: int,
+    dtype: torch.dtype,
+    device: str,
+    shard: VocabShard,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """One size: gradients compared, memory, then times."""
+    """One size: gradients compared, memory, then times. ``only``: words in the names of sides beside ours."""
     case = make_case(*size, dtype, device, shard)
     sides, gated = sides_of(case)
+    ours = ("gated", "ungated")
+    sides = {n: side for n, side in sides.items() if only is None or n in ours or any(word in n for word in only)}
     errors = check_gradients(case, sides, gated)
     memory = {name: peak_extra_bytes(case, side) for name, side in sides.items()}
     seconds = time_interleaved(case, sides, rounds)
@@ -200,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=_size, metavar="VxDxT", help="e.g. 50257x256x8192")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="local ranks that share the vocabulary")
+    parser.add_argument("--sides", nargs="*", metavar="WORD", help="only peers whose name holds one of these words")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
     options = parser.parse_args(arguments)
@@ -209,9 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
     sizes = options.sizes or default_sizes(device)
     if options.tensor_parallel == 1:
-        results = [benchmark(size, options.rounds, dtype, device, VocabShard(0, size[0], size[0])) for size in sizes]
+        results = [
+            benchmark(size, options.rounds, dtype, device, VocabShard(0, size[0], size[0]), options.sides)
+            for size in sizes
+        ]
     else:
-        results = _on_ranks(options.tensor_parallel, sizes, options.rounds, dtype, device)
+        results = _on_ranks(options.tensor_parallel, sizes, options.rounds, dtype, device, options.sides)
     for result in results:
         print(table(result))
     if options.output is not None:
@@ -220,12 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _on_ranks(
-    world_size: int, sizes: Sequence[tuple[int, int, int]], rounds: int, dtype: torch.dtype, device: str
+    world_size: int,
+    sizes: Sequence[tuple[int, int, int]],
+    rounds: int,
+    dtype: torch.dtype,
+    device: str,
+    only: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     """The same on local ranks, each with its share of the vocabulary; the figures of the first."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
-            _rank, (world_size, sizes, rounds, dtype, device, folder), nprocs=world_size
+            _rank, (world_size, sizes, rounds, dtype, device, only, folder), nprocs=world_size
         )
         results: list[dict[str, Any]] = json.loads((Path(folder) / "results.json").read_text())
         return results
@@ -238,6 +255,7 @@ def _rank(
     rounds: int,
     dtype: torch.dtype,
     device: str,
+    only: Sequence[str] | None,
     folder: str,
 ) -> None:
     if device == "cuda":
@@ -249,7 +267,7 @@ def _rank(
     results = []
     for size in sizes:
         shard = VocabShard.of_rank(size[0], rank, world_size, dist.group.WORLD, multiple_of=world_size)
-        results.append(benchmark(size, rounds, dtype, device, shard))
+        results.append(benchmark(size, rounds, dtype, device, shard, only))
     if rank == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results))
     dist.barrier()

@@ -21,11 +21,13 @@ class Gates:
         rare: bool [V_local].
         g1: float32 [V_local], used at positions whose target is not rare; 1 for tokens that are not rare.
         g2: float32 [V_local], used at positions whose target is rare; 1 for tokens that are not rare.
+        rare_ids: bool [padded V], ``rare`` of all tensor-parallel ranks. None: each loss call asks them.
     """
 
     rare: torch.Tensor
     g1: torch.Tensor
     g2: torch.Tensor
+    rare_ids: torch.Tensor | None = None
 
 
 def rarity_gates(
@@ -48,7 +50,8 @@ def rarity_gates(
         tokens: targets counted in the window, ``TokenFrequency.tokens``.
         alpha: threshold, above 0; or a tensor [] of :func:`alpha_of_rare_fraction`.
         reference_batch_tokens: unit of rarity, in tokens.
-        shard: these rows; the mean over rare tokens is taken over its whole tensor-parallel group.
+        shard: these rows; one gather over its tensor-parallel group gives the mean over rare tokens and tells all
+            ranks what is rare everywhere.
         excluded_ids: global ids that are never rare and enter no mean (bos, eos, pad, unk). Ids that pad the
             vocabulary are excluded already.
 
@@ -67,12 +70,13 @@ def rarity_gates(
     rare = (rarity < alpha) & (shard.global_ids(device) < shard.vocab_size)
     rare &= ~_excluded_rows(excluded_ids, shard, device)
 
-    over_rare = shard.all_reduce(torch.stack([torch.where(rare, appearances, 0).sum().double(), rare.sum().double()]))
+    of_rare = shard.all_gather(torch.where(rare, appearances.double(), -1)).flatten()  # [padded V]
+    rare_ids = of_rare >= 0
     # No rare token has occurred: then no position has a rare target either, and g2 is not used.
-    share_of_mean = (appearances.double() * over_rare[1] / over_rare[0]).nan_to_num(nan=0.0, posinf=1.0)
+    of_mean = appearances.double() * rare_ids.sum() / of_rare.clamp(min=0).sum()
     g1 = torch.where(rare, rarity.clamp(max=1), 1.0).float()
-    g2 = torch.where(rare, share_of_mean.clamp(max=1), 1.0).float()
-    return Gates(rare, g1, g2)
+    g2 = torch.where(rare, of_mean.nan_to_num(nan=0.0, posinf=1.0).clamp(max=1), 1.0).float()
+    return Gates(rare, g1, g2, rare_ids)
 
 
 def alpha_of_rare_fraction(
@@ -104,13 +108,12 @@ def alpha_of_rare_fraction(
     # Ids that are not counted sort behind all that are.
     counts = shard.all_gather(torch.where(counted, appearances.double(), torch.inf)).flatten().sort().values
     place = (torch.isfinite(counts).sum() * rare_fraction).long()
-    threshold = torch.where(place > 0, counts[place], 0.0)
+    threshold = torch.where(place > 0, counts.gather(0, place[None])[0], 0.0)
     return threshold / torch.as_tensor(tokens, dtype=torch.float64, device=device).clamp(min=1) * reference_batch_tokens
 
 
 def _excluded_rows(ids: Sequence[int] | torch.Tensor, shard: VocabShard, device: torch.device) -> torch.Tensor:
     """bool [V_local]"""
     rows, here = shard.to_local(torch.as_tensor(ids, dtype=torch.int64, device=device))
-    excluded = torch.zeros(len(shard), dtype=torch.bool, device=device)
-    excluded[rows[here]] = True
-    return excluded
+    excluded = torch.zeros(len(shard) + 1, dtype=torch.bool, device=device)  # the last entry: ids held elsewhere
+    return excluded.index_fill_(0, torch.where(here, rows, len(shard)), True)[:-1]

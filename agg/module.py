@@ -19,7 +19,11 @@ class AdaptiveGradientGating(torch.nn.Module):
     """A cross-entropy that keeps rare tokens alive; in ``eval()`` the plain cross-entropy.
 
     Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
-    of the step first, then the loss once per micro-batch. Do the one or the other, not both.
+    of the step first, then the loss once per micro-batch. Do the one or the other, not both. For the gradient of the
+    whole step divide sums (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
+
+    A loss that is not finite comes back as it is, as from torch's; unless :meth:`undo_step` takes the step back, all
+    data-parallel ranks raise FloatingPointError in the step after, so that none is left waiting for another.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
@@ -64,6 +68,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             raise ValueError(f"window is {window!r}, must be sliding or exponential")
         self.frequency = kinds[window](shard, window_steps, data_parallel_group)
         self.gates: Gates | None = None  # of the current step
+        self._fault: torch.Tensor | None = None  # bool []: a loss since the last count was not finite
         self._explicit_steps: bool | None = None
         if (alpha is None) == (rare_fraction is None):
             raise ValueError(f"give alpha or rare_fraction, and not both: got {alpha} and {rare_fraction}")
@@ -75,8 +80,12 @@ class AdaptiveGradientGating(torch.nn.Module):
     def begin_step(self, targets: torch.Tensor) -> None:
         """Count all targets of this rank in the coming optimizer step, of any shape."""
         self._set_explicit(True)
-        self.frequency.update(targets, self.ignore_index)
-        self.gates = None
+        self._count(targets)
+
+    def undo_step(self) -> None:
+        """Take back the count of a step that is skipped, and what its loss was."""
+        self.frequency.undo_update()
+        self.gates = self._fault = None
 
     def current_gates(self) -> Gates:
         """The gates of this step, of this rank's rows."""
@@ -104,10 +113,9 @@ class AdaptiveGradientGating(torch.nn.Module):
         if self.training:
             if self._explicit_steps is not True:
                 self._set_explicit(False)
-                self.frequency.update(target, self.ignore_index)
-                self.gates = None
+                self._count(target)
             gates = self.current_gates()
-        return gated_linear_cross_entropy(
+        loss = gated_linear_cross_entropy(
             hidden,
             weight,
             target,
@@ -118,13 +126,21 @@ class AdaptiveGradientGating(torch.nn.Module):
             reduction=reduction,
             chunk_tokens=self.chunk_tokens,
         )
+        if self.training:
+            fault = ~torch.isfinite(loss.detach()).all()
+            self._fault = fault if self._fault is None else self._fault | fault
+        return loss
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.frequency.state_dict()
 
     def set_extra_state(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         self.frequency.load_state_dict(state)
-        self.gates = None
+        self.gates = self._fault = None
+
+    def _count(self, targets: torch.Tensor) -> None:
+        fault, self._fault, self.gates = self._fault, None, None
+        self.frequency.update(targets, self.ignore_index, fault)
 
     def _set_explicit(self, explicit: bool) -> None:
         if self._explicit_steps is not None and self._explicit_steps != explicit:

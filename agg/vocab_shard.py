@@ -28,6 +28,13 @@ class VocabShard:
             raise ValueError(f"a shard needs 0 <= start < stop, got [{self.start}, {self.stop})")
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}, must be at least 1")
+        if self.world_size > 1:
+            rank, size = dist.get_rank(self.group), len(self)
+            if self.start != rank * size or self.world_size * size < self.vocab_size:
+                raise ValueError(
+                    f"[{self.start}, {self.stop}) of {self.vocab_size} ids is not the even share of rank {rank} in a "
+                    f"group of {self.world_size}"
+                )
 
     @classmethod
     def of_rank(
@@ -42,6 +49,8 @@ class VocabShard:
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
+        if group is not None and dist.get_world_size(group) != world_size:
+            raise ValueError(f"world_size is {world_size}, but the group has {dist.get_world_size(group)} ranks")
         padded = padded_vocab_size(vocab_size, multiple_of)
         if padded % world_size:
             raise ValueError(

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain import commands
-from pretrain.errors import EXIT_USER_ERROR, NonFiniteError, RecipeError, UserError
+from pretrain.errors import EXIT_USER_ERROR, SpikeError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0, 1 when training had to stop, 2 when the input cannot be used."""
+    """Run one verb.
+
+    Returns:
+        0; 1 when training had to stop; 2 when the input cannot be used; 75 when training was asked to stop and saved
+        (:mod:`pretrain.training.stopping`). A rank that hangs ends with 70 (:mod:`pretrain.training.watchdog`).
+    """
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
+        module, function = options.run.split(":")  # imported now: most verbs need torch
+        return int(getattr(importlib.import_module(module), function)(options) or 0)
     except UserError as error:
-        # Ranks that a launcher started all see a bad recipe: the first one says it.
-        if not (isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"):
+        if not (error.on_all_ranks and os.environ.get("RANK", "0") != "0"):
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
@@ -28,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except NonFiniteError as error:
+    except SpikeError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -44,38 +49,77 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
-    def verb(name: str, run: object, text: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: str, text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
 
     for name, run, text in (
-        ("prepare", commands.prepare, "Collect the corpus, train or take the tokenizer, write the shards."),
-        ("train", commands.train, "Train, or go on training; starts its own local ranks unless a launcher did."),
+        ("prepare", "pretrain.commands:prepare", "Collect the corpus, train or take the tokenizer, write the shards."),
+        (
+            "train",
+            "pretrain.commands:train",
+            "Train, or go on training; starts its own local ranks unless a launcher did.",
+        ),
     ):
         added = verb(name, run, text)
         added.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         added.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=3e-4")
         if name == "train":
             added.add_argument("--stop-at-step", type=_positive, help="save and stop after this step")
+            start = added.add_mutually_exclusive_group()
+            start.add_argument("--from-scratch", action="store_true", help="move the run that is there to aside/")
+            start.add_argument("--resume-from", type=_positive, metavar="STEP", help="move newer checkpoints to aside/")
+            added.add_argument("--claimed", action="store_true", help=argparse.SUPPRESS)  # by the launcher
 
     added = verb(
-        "evaluate", commands.evaluate, "Perplexity by frequency group, unique tokens, geometry: evaluation.json."
+        "evaluate",
+        "pretrain.commands:evaluate",
+        "Perplexity by frequency group, unique tokens, geometry: evaluation.json.",
     )
     added.add_argument("folder", metavar="RUN", type=Path)
     added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest")
 
-    added = verb("generate", commands.generate, "Continue a prompt.")
+    added = verb("generate", "pretrain.commands:generate", "Continue a prompt.")
     added.add_argument("folder", metavar="RUN", type=Path)
     added.add_argument("--prompt", required=True, metavar="TEXT")
     added.add_argument("--max-new-tokens", type=_positive, default=64)
     added.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
     added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest")
 
-    added = verb("report", commands.report, "Figures and one HTML page of runs that were evaluated.")
+    _add_checkpoint_verbs(verbs)
+
+    added = verb("report", "pretrain.commands:report", "Figures and one HTML page of runs that were evaluated.")
     added.add_argument("folders", nargs="+", metavar="RUN", type=Path)
     added.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     return parser
+
+
+def _add_checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "List, verify or export the checkpoints of a run."
+    inner = verbs.add_parser("checkpoint", help=text, description=text).add_subparsers(
+        title="verbs", required=True, metavar="VERB"
+    )
+    text = "Step, tokens, layout, size, age and state of each; reads everything to tell whether it is valid."
+    added = inner.add_parser("list", help=text, description=text)
+    added.set_defaults(run="pretrain.checkpoint_commands:list_checkpoints")
+    added.add_argument("folder", metavar="RUN", type=Path)
+    added.add_argument("--no-hash", action="store_true", help="compare sizes only")
+    added.add_argument("--json", action="store_true", help="records instead of a table")
+
+    text = "Name every bad file; exit code 2 if there is one."
+    added = inner.add_parser("verify", help=text, description=text)
+    added.set_defaults(run="pretrain.checkpoint_commands:verify")
+    added.add_argument("folder", metavar="RUN", type=Path)
+    added.add_argument("--step", type=_positive, metavar="STEP", help="this one only")
+
+    text = "Write the weights and the tokenizer as a Hugging Face folder, for transformers and other tools."
+    added = inner.add_parser("export", help=text, description=text)
+    added.set_defaults(run="pretrain.checkpoint_commands:export")
+    added.add_argument("folder", metavar="RUN", type=Path)
+    added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must be empty or not exist")
+    added.add_argument("--step", type=_positive, metavar="STEP", help="instead of the latest")
+    added.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
 
 
 def _positive(text: str) -> int:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pretrain.checkpointing.folder import check_whole, checkpoint_name, choose_checkpoint, latest_checkpoint
+from pretrain.checkpointing.folder import check_whole, checkpoint_name, checkpoints_in, choose_checkpoint, problems_of
 from pretrain.console import say
 from pretrain.errors import UserError
-from pretrain.files import folder_lock
+from pretrain.files import make_folder
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import find_recipe, load_recipe
 from pretrain.run_folder import RunFolder
+from pretrain.run_lock import run_lock
 from pretrain.topology import (
     Topology,
     check_devices,
@@ -25,6 +26,7 @@ from pretrain.topology import (
     disconnect,
     place_from_environment,
 )
+from pretrain.training.stopping import EXIT_STOPPED, StopSignals
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -35,34 +37,44 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
+    with StopSignals() as signals:
+        return _train(options, signals)
+
+
+def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     folder, place = RunFolder(recipe.run_folder), place_from_environment()
+    is_first = place is None or place.rank == 0
     choose_device(recipe)
     quiet_third_party()
     with contextlib.ExitStack() as stack:
-        if place is None or place.rank == 0:
+        if is_first and not options.claimed:
             _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
             given = find_recipe(options.recipe).read_text(encoding="utf-8") + "".join(
                 f"# override: {override}\n" for override in options.overrides
             )
+            if not options.from_scratch:
+                folder.check(recipe)
+            make_folder(folder.path)
+            lock = stack.enter_context(run_lock(folder.path))
+            _set_aside(options, folder)
             folder.claim(recipe, given)
-        if _is_done(recipe):  # every rank that a launcher started sees it
-            if place is None or place.rank == 0:
+            if place is None and _is_done(recipe):
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
-            return 0
-        if place is None and recipe.local_world_size > 1:
-            stop = [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
-            return _run_ranks(["train", options.recipe, *options.overrides, *stop], recipe, folder)
-        if place is None or place.rank == 0:
-            way_out = "wait until it ends, or give this run another name=..."
-            stack.enter_context(folder_lock(folder.path, "training in", way_out))
+                return 0
+            if place is None and recipe.local_world_size > 1:
+                stop = [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
+                arguments = ["train", options.recipe, *options.overrides, *stop, "--claimed"]
+                return _run_ranks(arguments, recipe, folder, signals, [lock])
         from pretrain.training.loop import train as train_run
 
         topology = stack.enter_context(_connected(recipe))
-        progress = train_run(recipe, topology, options.stop_at_step)
+        progress = train_run(recipe, topology, options.stop_at_step, signals)
+        stopped = progress.step < min(options.stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
         if topology.is_first:
-            say(f"{recipe.name}: step {progress.step:,} saved in {folder.checkpoints}")
-    return 0
+            saved = f"step {progress.step:,} saved in {folder.checkpoints}" if progress.step else "nothing trained yet"
+            say(f"{recipe.name}: {saved}" + ("; stopped as asked, the same command goes on" if stopped else ""))
+    return EXIT_STOPPED if stopped else 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -122,10 +134,17 @@ def _check_before_start(recipe: Recipe, world_size: int) -> None:
     from pretrain.data.prepare import PreparedData
     from pretrain.training.deepspeed_config import deepspeed_config
 
+    stop_file = RunFolder(recipe.run_folder).stop_file
+    if stop_file.exists():
+        raise UserError(f"{stop_file} asks this run to stop: delete it to go on")
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     if place_from_environment() is None:
         check_devices(recipe, recipe.local_world_size)
-    PreparedData.open(recipe)
+    prepared = PreparedData.open(recipe)
+    if recipe.model.init_from and not checkpoints_in(RunFolder(recipe.run_folder).checkpoints):
+        from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
+
+        check_initial_weights(recipe, prepared)
 
 
 def _check_evaluation(recipe: Recipe) -> None:
@@ -136,9 +155,20 @@ def _check_evaluation(recipe: Recipe) -> None:
         read_word_pairs(Path(name))
 
 
+def _set_aside(options: argparse.Namespace, folder: RunFolder) -> None:
+    """What ``--from-scratch`` or ``--resume-from`` leave behind."""
+    aside = None
+    if options.from_scratch:
+        aside = folder.start_again()
+    elif options.resume_from is not None:
+        aside = folder.go_back_to(options.resume_from)
+    if aside is not None:
+        say(f"what was there is kept in {aside}")
+
+
 def _is_done(recipe: Recipe) -> bool:
-    latest = latest_checkpoint(RunFolder(recipe.run_folder).checkpoints)
-    return latest is not None and latest.name == checkpoint_name(recipe.batch.train_steps)
+    last = RunFolder(recipe.run_folder).checkpoints / checkpoint_name(recipe.batch.train_steps)
+    return last.is_dir() and not problems_of(last)
 
 
 def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:
@@ -157,10 +187,16 @@ def _connected(recipe: Recipe) -> Iterator[Topology]:
         disconnect()
 
 
-def _run_ranks(arguments: list[str], recipe: Recipe, folder: RunFolder) -> int:
+def _run_ranks(
+    arguments: list[str],
+    recipe: Recipe,
+    folder: RunFolder,
+    signals: StopSignals | None = None,
+    inherited: Sequence[int] = (),
+) -> int:
     from pretrain.launch import run_local_ranks
 
-    return run_local_ranks(arguments, recipe.local_world_size, folder.logs)
+    return run_local_ranks(arguments, recipe.local_world_size, folder.logs, signals, inherited)
 
 
 def _checkpoint_option(options: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 
@@ -13,9 +14,13 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with ``EXIT_USER_ERROR``.
     """
 
+    on_all_ranks = False  # raised by all ranks together: the first one says it
+
 
 class RecipeError(UserError):
     """Everything that is wrong with a recipe, in one message."""
+
+    on_all_ranks = True
 
     def __init__(self, problems: Sequence[str], where: str = "the recipe"):
         self.problems = list(problems)
@@ -24,5 +29,27 @@ class RecipeError(UserError):
         super().__init__(f"{where} has {count}:\n{lines}")
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite. Training stops on all ranks before the update."""
+class CheckpointError(UserError):
+    """A checkpoint that cannot be saved or loaded."""
+
+    on_all_ranks = True
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that does not verify.
+
+    Attributes:
+        problems: a line for each bad file.
+    """
+
+    def __init__(self, checkpoint: Path, problems: Sequence[str], way_out: str = ""):
+        self.problems = list(problems)
+        super().__init__(f"{checkpoint} is damaged: {'; '.join(self.problems)}{way_out and '. '}{way_out}")
+
+
+class SpikeError(RuntimeError):
+    """A step that must not be trained on. Training stops on all ranks before the update."""
+
+
+class NonFiniteError(SpikeError):
+    """A loss or gradient that is not finite."""

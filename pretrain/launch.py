@@ -14,27 +14,43 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.files import make_folder
+from pretrain.training.stopping import EXIT_STOPPED, StopSignals, hold_back_signals
 
 GRACE_SECONDS = 10.0
 PR_SET_PDEATHSIG = 1
 
 
-def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path) -> int:
-    """Run ``python -m pretrain ARGUMENTS`` on ``world_size`` ranks and wait.
+def run_local_ranks(
+    arguments: Sequence[str],
+    world_size: int,
+    log_folder: Path,
+    signals: StopSignals | None = None,
+    inherited: Sequence[int] = (),
+) -> int:
+    """Run ``python -m pretrain ARGUMENTS`` on ``world_size`` ranks and wait. Signals to this process reach every rank.
+
+    Args:
+        signals: entered already, for a verb whose ranks enter :class:`StopSignals` too: none gets lost in between.
+        inherited: file descriptors that stay open in every rank.
 
     Returns:
-        0, or the exit code of the rank that failed first; the others are then ended.
+        0, :data:`EXIT_STOPPED`, or the exit code of the rank that failed first; the others are then ended.
     """
     make_folder(log_folder)
     port = _free_port()
     with contextlib.ExitStack() as stack:
-        ranks = [_start(arguments, rank, world_size, port, log_folder, stack) for rank in range(world_size)]
+        prepare = _die_with_parent if signals is None else _die_with_parent_and_hold_back_signals
+        heard = stack.enter_context(StopSignals()) if signals is None else signals
+        ranks = [
+            _start(arguments, rank, world_size, port, log_folder, stack, prepare, inherited)
+            for rank in range(world_size)
+        ]
         try:
-            with _forwarded_signals(ranks):
+            with heard.relayed_to(ranks):
                 code, failed = _wait(ranks)
         finally:
             _end(ranks)
@@ -44,7 +60,14 @@ def run_local_ranks(arguments: Sequence[str], world_size: int, log_folder: Path)
 
 
 def _start(
-    arguments: Sequence[str], rank: int, world_size: int, port: str, log_folder: Path, stack: contextlib.ExitStack
+    arguments: Sequence[str],
+    rank: int,
+    world_size: int,
+    port: str,
+    log_folder: Path,
+    stack: contextlib.ExitStack,
+    prepare: Callable[[], None],
+    inherited: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank),
@@ -62,7 +85,8 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
-        preexec_fn=_die_with_parent,
+        preexec_fn=prepare,
+        pass_fds=inherited,
     )
 
 
@@ -72,6 +96,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _die_with_parent_and_hold_back_signals() -> None:
+    _die_with_parent()
+    hold_back_signals()
+
+
 def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -79,53 +108,35 @@ def _free_port() -> str:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None]:
-    """Until all ranks ended well, or one did not: its exit code and number.
+    """Until all ranks ended well, or one did not: its exit code and number. To stop as asked is to end well.
 
     A rank that was first alone is the cause, the others fail because it left. Where all stop together for one cause,
     rank 0 speaks for them.
     """
     while True:
         codes = [process.poll() for process in ranks]
-        if any(codes):
-            failed = next(rank for rank, code in enumerate(codes) if code)
+        failures = [rank for rank, code in enumerate(codes) if code not in (None, 0, EXIT_STOPPED)]
+        if failures:
+            failed = failures[0]
             time.sleep(0.5)
             if ranks[0].poll() == codes[failed]:
                 failed = 0
             code = codes[failed] or ranks[failed].poll() or 1
             return (128 - code if code < 0 else code), failed
-        if all(code == 0 for code in codes):
-            return 0, None
+        if None not in codes:
+            return max(code or 0 for code in codes), None
         time.sleep(0.05)
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in ranks:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in ranks:
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def _forwarded_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 to this process reach every rank. Ctrl-C does by itself."""
-
-    def forward(number: int, _: object) -> None:
+    """SIGTERM, once more for a rank that finishes its step first, then SIGKILL."""
+    for action in ("terminate", "terminate", "kill"):
         for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            getattr(process, action)()  # nothing for one that has ended
+        deadline = time.monotonic() + GRACE_SECONDS / 2
+        for process in ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, deadline - time.monotonic()))
 
 
 def _show_end(log: Path, rank: int, code: int) -> None:

@@ -73,6 +73,7 @@ class ModelRecipe:
     rope_base: int = 10_000
     vocab_multiple_of: int = 128  # rows are padded to it, whatever the tensor-parallel degree
     activation_checkpointing: Literal["none", "full"] = "none"
+    init_from: str = ""  # a Hugging Face folder whose weights the run starts with; empty: drawn from the seed
 
     @property
     def query_groups(self) -> int:
@@ -146,7 +147,21 @@ class ParallelRecipe:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecipe:
     every_steps: int = 0  # 0: only at the end
-    keep_last: int = 2
+    keep_last: int = 2  # the last so many; older ones are deleted
+    keep_every_steps: int = 0  # except those of every so many steps; 0: none
+    background: bool = True  # written while training goes on, from a copy in host memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpikesRecipe:
+    """Steps that are not trained on; what skip and rollback mean is in :mod:`pretrain.training.spikes`."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # loss or gradient
+    on_outlier: Literal["stop", "skip", "rollback"] = "skip"
+    loss_factor: float = 0.0  # outlier: a loss above so many times its median over the window; 0: none is
+    grad_norm_factor: float = 0.0  # the same of the gradient norm before clipping
+    window_steps: int = 100  # last trained steps; before so many there is no outlier
+    max_in_a_row: int = 10  # steps skipped, or rollbacks with no new checkpoint between them, before training stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +182,7 @@ class Recipe:
     output_root: str = "runs"
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where there are any
+    hang_timeout_minutes: float = 10.0  # of one step, three times as long for the first and for saves; 0: none
     model: ModelRecipe = field(default_factory=ModelRecipe)
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
     batch: BatchRecipe = field(default_factory=BatchRecipe)
@@ -174,6 +190,7 @@ class Recipe:
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    spikes: SpikesRecipe = field(default_factory=SpikesRecipe)
     reporting: ReportingRecipe = field(default_factory=ReportingRecipe)
 
     @property
@@ -197,6 +214,7 @@ class Recipe:
             *_objective_problems(self.objective),
             *_model_problems(self),
             *_schedule_problems(self),
+            *_spikes_problems(self.spikes),
         ]
         if problems:
             raise RecipeError(problems, where)
@@ -238,15 +256,19 @@ def _range_problems(recipe: Recipe) -> list[str]:
         "parallel.data_parallel_size": parallel.data_parallel_size,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
         "reporting.log_every_steps": reporting.log_every_steps,
+        "spikes.window_steps": recipe.spikes.window_steps,
+        "spikes.max_in_a_row": recipe.spikes.max_in_a_row,
     }
     not_negative = {
         "schedule.warmup_steps": recipe.schedule.warmup_steps,
         "optimizer.weight_decay": optimizer.weight_decay,
         "optimizer.gradient_clipping": optimizer.gradient_clipping,
         "checkpoint.every_steps": recipe.checkpoint.every_steps,
+        "checkpoint.keep_every_steps": recipe.checkpoint.keep_every_steps,
         "reporting.geometry_every_steps": reporting.geometry_every_steps,
         "reporting.validate_every_steps": reporting.validate_every_steps,
         "reporting.validation_sequences": reporting.validation_sequences,
+        "hang_timeout_minutes": recipe.hang_timeout_minutes,
     }
     positive = {
         "objective.alpha": objective.alpha,
@@ -330,6 +352,15 @@ def _model_problems(recipe: Recipe) -> list[str]:
     if model.style == "llama" and rest == 0 and head_size % 2:
         problems.append("model.hidden_size / model.num_attention_heads must be even: RoPE turns pairs")
     return problems
+
+
+def _spikes_problems(spikes: SpikesRecipe) -> list[str]:
+    factors = {"loss_factor": spikes.loss_factor, "grad_norm_factor": spikes.grad_norm_factor}
+    return [
+        f"spikes.{key} is {factor}, must be 0 (off) or above 1 and finite"
+        for key, factor in factors.items()
+        if factor != 0 and not 1 < factor < math.inf
+    ]
 
 
 def _schedule_problems(recipe: Recipe) -> list[str]:

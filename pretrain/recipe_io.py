@@ -92,6 +92,17 @@ def recipe_to_dict(recipe: Any) -> dict[str, Any]:
     return tree
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level: ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:

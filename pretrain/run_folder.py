@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pretrain.checkpointing.folder import checkpoint_name
-from pretrain.errors import UserError
+from pretrain.checkpointing.folder import checkpoint_name, checkpoints_in, choose_checkpoint, problems_of, step_of
+from pretrain.errors import DamagedCheckpoint, UserError
 from pretrain.files import make_folder, write_text
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
+from pretrain.recipe_io import flatten, recipe_from_dict, recipe_to_dict
 
-# What may differ when a run goes on: it changes nothing that is trained.
-FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel")
+# What may differ when a run goes on: it changes nothing that is trained, or (spikes) is the way out of a stop.
+FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel", "spikes", "hang_timeout_minutes")
 FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
+NOT_OF_A_RUN = (".lock", "logs", "aside")
 
 EVALUATION_FORMAT = 1
 
@@ -37,6 +39,8 @@ class RunFolder:
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
         self.logs = path / "logs"
+        self.stacks = path / "stacks"
+        self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:
         """The recipe the run was made with.
@@ -54,27 +58,77 @@ class RunFolder:
         Raises:
             UserError: another run is there, with the keys that differ; or the folder cannot be written.
         """
+        self.check(recipe)
         make_folder(self.path)
-        tree = _with_whole_paths(recipe_to_dict(recipe))
-        if self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists()):
-            differences = _differences(self._saved_tree(), tree)
-            refused = [text for key, text in differences.items() if not _is_free(key)]
+        if self._has_begun():
+            changes = self._differences(recipe)
+            self._record_layout_changes([text for key, text in changes.items() if key.startswith(LAYOUT_KEYS)])
+        else:
+            write_text(self.recipe_given_file, given)
+        write_text(self.recipe_file, yaml.safe_dump(_with_whole_paths(recipe_to_dict(recipe)), sort_keys=False))
+
+    def check(self, recipe: Recipe) -> None:
+        """See that the folder is this recipe's or free, and change nothing.
+
+        Raises:
+            UserError: another run is there, with the keys that differ; or it is not a run.
+        """
+        if self._has_begun():
+            refused = [text for key, text in self._differences(recipe).items() if not _is_free(key)]
             if refused:
                 raise UserError(
                     f"{self.path} already holds another run:\n"
                     + "\n".join(f"  - {text}" for text in refused)
                     + f"\nGive this one another name=..., or delete {self.path}."
                 )
-            self._record_layout_changes([text for key, text in differences.items() if key.startswith(LAYOUT_KEYS)])
-        elif not self.recipe_file.exists() and any(
-            entry.name not in (".lock", "logs") for entry in self.path.iterdir()
-        ):
+        elif self.path.is_dir() and not self.recipe_file.exists() and self._content():
             raise UserError(
                 f"{self.path} is not empty and not a run: give this run another name=... or empty the folder"
             )
-        else:
-            write_text(self.recipe_given_file, given)
-        write_text(self.recipe_file, yaml.safe_dump(tree, sort_keys=False))
+
+    def start_again(self) -> Path | None:
+        """Move the whole run to ``aside/TIME``, where it stays a run folder; None if there is none."""
+        return self._move_aside(self._content()) if self.recipe_file.exists() else None
+
+    def go_back_to(self, step: int) -> Path | None:
+        """Move checkpoints newer than ``step`` to ``aside/TIME/checkpoints``; None if there is none.
+
+        Raises:
+            UserError: there is no checkpoint of that step, or it does not verify.
+        """
+        checkpoint = choose_checkpoint(self.checkpoints, step)
+        problems = problems_of(checkpoint)
+        if problems:
+            raise DamagedCheckpoint(checkpoint, problems)
+        aside = self._move_aside([path for path in checkpoints_in(self.checkpoints) if step_of(path) > step])
+        write_text(self.checkpoints / "latest", checkpoint.name + "\n")
+        return aside
+
+    def _differences(self, recipe: Recipe) -> dict[str, str]:
+        """Keys whose values differ from the saved recipe's, each with "key: there X, asked for Y"."""
+        saved = flatten(recipe_to_dict(self.saved_recipe()))  # keys newer than the run: defaults
+        wanted = flatten(_with_whole_paths(recipe_to_dict(recipe)))
+        return {
+            key: f"{key}: there {saved.get(key)!r}, asked for {wanted.get(key)!r}"
+            for key in sorted(saved.keys() | wanted.keys())
+            if saved.get(key) != wanted.get(key)
+        }
+
+    def _has_begun(self) -> bool:
+        return self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists())
+
+    def _content(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if entry.name not in NOT_OF_A_RUN]
+
+    def _move_aside(self, paths: list[Path]) -> Path | None:
+        if not paths:
+            return None
+        aside = self.path / "aside" / time.strftime("%Y-%m-%dT%H-%M-%S")
+        for path in paths:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return aside
 
     def is_evaluated(self, checkpoint: Path, recipe: Recipe) -> bool:
         """Whether ``evaluation.json`` is of that checkpoint and this version, with all word similarity sets."""
@@ -110,30 +164,12 @@ def _with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
     sharding = Path(tree["parallel"]["sharding"])
     if sharding.is_file():
         tree["parallel"]["sharding"] = str(sharding.absolute())
+    if tree["model"]["init_from"]:
+        tree["model"]["init_from"] = str(Path(tree["model"]["init_from"]).absolute())
     files = tree["reporting"]["word_similarity"]
     tree["reporting"]["word_similarity"] = [str(Path(name).absolute()) for name in files]
     return tree
 
 
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, str]:
-    """Keys whose values differ, each with "key: there X, asked for Y"."""
-    flat_saved, flat_wanted = _flatten(saved), _flatten(wanted)
-    return {
-        key: f"{key}: there {flat_saved.get(key)!r}, asked for {flat_wanted.get(key)!r}"
-        for key in sorted(flat_saved.keys() | flat_wanted.keys())
-        if flat_saved.get(key) != flat_wanted.get(key)
-    }
-
-
 def _is_free(key: str) -> bool:
     return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

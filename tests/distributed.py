@@ -25,13 +25,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     A rank that raises fails the test with its traceback; a rank that hangs is killed after ``timeout_s``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        processes = [
-            context.Process(target=_rank, args=(function, rank, world_size, folder, args), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        processes = start_ranks(function, world_size, folder, *args)
         for process in processes:
             process.join(timeout_s)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -47,6 +41,18 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     if missing:
         raise AssertionError(f"ranks {missing} died: exit codes {[processes[rank].exitcode for rank in missing]}")
     return [outcomes[rank][1] for rank in range(world_size)]
+
+
+def start_ranks(function: Callable[..., Any], world_size: int, folder: str, *args: Any) -> list[Any]:
+    """The ranks of :func:`run_ranks` as processes, for tests that kill them; ``folder`` takes what they return."""
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(function, rank, world_size, folder, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:

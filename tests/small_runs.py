@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ from pretrain.recipe import (
 )
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
+
+
+def write_corpus(path: Path) -> None:
+    """600 lines of made-up words with a Zipf tail, in which the next word depends on the last."""
+    draw = random.Random(7)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choice(letters) for _ in range(draw.randint(2, 8))) for _ in range(800)]
+    lines = []
+    for _ in range(600):
+        place, line = draw.randrange(800), []
+        for _ in range(draw.randint(10, 40)):
+            place = int(800 * draw.random() ** 3) if draw.random() < 0.5 else (place * 7 + 3) % 800
+            line.append(words[place])
+        lines.append(" ".join(line))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def small_recipe(corpus_file: Path, data_folder: Path) -> Recipe:
@@ -54,21 +70,28 @@ def change(recipe: Recipe, **sections: Any) -> Recipe:
 
 def train_on_ranks(recipe: Recipe, world_size: int, stop_at_step: int | None = None) -> list[dict[str, Any]]:
     """Train on forked ranks; the records of the run."""
+    recipe = on_ranks(recipe, world_size)
+    run_ranks(train_rank, world_size, recipe, stop_at_step)
+    return read_metrics(recipe)
+
+
+def on_ranks(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe for so many ranks, with its run folder claimed."""
     recipe = change(
         recipe,
         parallel={"data_parallel_size": world_size // recipe.parallel.tensor_model_parallel_size},
     )
     recipe.check()
     RunFolder(recipe.run_folder).claim(recipe, "")
-    run_ranks(_train, world_size, recipe, stop_at_step)
-    return read_metrics(recipe)
+    return recipe
 
 
 def read_metrics(recipe: Recipe) -> list[dict[str, Any]]:
     return [json.loads(line) for line in RunFolder(recipe.run_folder).metrics_file.read_text().splitlines()]
 
 
-def _train(rank: int, world_size: int, recipe: Recipe, stop_at_step: int | None) -> None:
+def train_rank(rank: int, world_size: int, recipe: Recipe, stop_at_step: int | None = None) -> None:
+    """What one rank does."""
     from pretrain.topology import connect
     from pretrain.training.loop import train
 

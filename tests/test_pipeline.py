@@ -162,7 +162,7 @@ def test_two_trainings_in_one_folder(runs, tmp_path):
             "train", str(runs / "agg.yaml"), f"output_root={tmp_path}", "batch.train_steps=100000",
             "reporting.validate_every_steps=0", "reporting.geometry_every_steps=0", code=2,
         )  # fmt: skip
-        assert "another process is training in" in second.stderr
+        assert f"another process is training in {tmp_path / 'agg'}: process {process.pid} on " in second.stderr
         assert process.poll() is None
     finally:
         process.terminate()

@@ -1,13 +1,11 @@
-"""Sharded checkpoints: DeepSpeed's own files, this project's state of each rank, and a manifest.
+"""Loading sharded checkpoints: DeepSpeed's own files, this project's state of each rank, and a manifest.
 
-``checkpoints/step_00000100/`` is written under a temporary name and renamed when every rank's files are there;
-``checkpoints/latest`` then names it.
+They are written by :mod:`pretrain.checkpointing.saving`.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,84 +16,64 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain import __version__
-from pretrain.checkpointing.folder import check_whole, checkpoint_name
-from pretrain.checkpointing.fragments import optimizer_order
-from pretrain.checkpointing.portable import PortableCheckpoint, write_parameters
+from pretrain.checkpointing.folder import checkpoints_in, latest_problem, problems_of, read_manifest
+from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import load_portable, seed_of_resume
-from pretrain.checkpointing.split import parameter_splits
 from pretrain.console import say
-from pretrain.errors import UserError
-from pretrain.files import write_json, write_text
+from pretrain.errors import CheckpointError, DamagedCheckpoint
 from pretrain.randomness import seed_everything
+from pretrain.recipe_io import flatten
 from pretrain.topology import Topology
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands."""
 
-    step: int  # optimizer steps done
-    consumed_samples: int  # sequences of the training data set that were trained on
-    consumed_tokens: int
+    step: int  # steps done, those that were skipped included
+    consumed_samples: int  # sequences of the training data set that were seen, those that were skipped included
+    consumed_tokens: int  # targets that were trained on
+    skipped_samples: tuple[tuple[int, int], ...] = ()  # ranges [start, stop) that were not trained on
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, if spikes are watched for
 
 
-def save_checkpoint(
+def resume(
     engine: deepspeed.DeepSpeedEngine,
     folder: Path,
-    progress: Progress,
-    rank_state: dict[str, Any],
+    load_rank_state: Callable[[Any], None],
     topology: Topology,
-    identity: dict[str, str],
-    keep_last: int,
-) -> Path:
-    """Save all ranks' state; a collective.
+    identity: dict[str, Any],
+    seed: int,
+) -> Progress | None:
+    """Load the newest checkpoint that verifies, and say which were passed over and why; a collective.
 
-    Args:
-        rank_state: what this rank needs beside the engine (token counts).
-        identity: hashes that a resumed run must share (data, recipe).
-        keep_last: older checkpoints beyond so many are deleted.
+    Returns:
+        None if nothing was saved yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none verifies; or the newest that does is of another run.
     """
-    final = folder / checkpoint_name(progress.step)
-    temporary = folder / f"tmp_{final.name}"
-    if topology.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    state = {"rank_state": rank_state, "random": _random_state(topology.device)}
-    torch.save(state, temporary / _rank_file(topology.rank))
-    if topology.is_first:
-        splits = parameter_splits(engine.module, topology.tensor_parallel_size)
-        write_parameters(temporary, splits, optimizer_order(engine))
-    dist.barrier()
-    if topology.is_first:
-        files = {
-            str(path.relative_to(temporary)): path.stat().st_size
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        write_json(
-            temporary / "MANIFEST.json",
-            {
-                "format": FORMAT,
-                "step": progress.step,
-                "consumed_samples": progress.consumed_samples,
-                "consumed_tokens": progress.consumed_tokens,
-                "layout": layout_of(engine, topology),
-                "identity": identity,
-                "versions": {"pretrain": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
-                "files": files,
-            },
+    # The first rank decides what there is: on a shared file system another may not see it yet.
+    there = [path.name for path in checkpoints_in(folder)]
+    found: list[Any] = [(there, latest_problem(folder), (folder / "latest").exists())]
+    dist.broadcast_object_list(found, src=0)
+    names, problem, had_some = found[0]
+    for name in names:
+        try:
+            progress = load_checkpoint(engine, folder / name, load_rank_state, topology, identity, seed)
+        except DamagedCheckpoint as error:
+            if topology.is_first:
+                say(f"passed over {name}: {'; '.join(error.problems)}")
+        else:
+            if topology.is_first and problem is not None:
+                say(f"{problem}; {name} is the newest checkpoint that verifies")
+            return progress
+    if names or had_some:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint that verifies ({', '.join(names) or 'all are gone'}). Put a copy back, or "
+            "start again with --from-scratch, which moves what is there aside"
         )
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        write_text(folder / "latest", final.name + "\n")
-        _delete_old(folder, keep_last)
-    dist.barrier()
-    return final
+    return None
 
 
 def load_checkpoint(
@@ -103,10 +81,10 @@ def load_checkpoint(
     checkpoint: Path,
     load_rank_state: Callable[[Any], None],
     topology: Topology,
-    identity: dict[str, str],
+    identity: dict[str, Any],
     seed: int,
 ) -> Progress:
-    """Continue from a checkpoint; a collective.
+    """Continue from a checkpoint; a collective. Ranks share the hashing of its files.
 
     On the layout that saved it everything goes on bit for bit. On another one weights, Adam's state, token counts and
     the order of the data go on exactly; the random streams of dropout cannot, as there are more or fewer of them now:
@@ -117,19 +95,22 @@ def load_checkpoint(
         seed: of the recipe.
 
     Raises:
-        UserError: the checkpoint is of another precision or of other data, or not whole.
+        DamagedCheckpoint: on all ranks, and nothing was loaded.
+        CheckpointError: it is of another precision, of other data, or of another recipe.
     """
-    manifest = check_whole(checkpoint)
-    for key, value in identity.items():
-        if manifest["identity"].get(key) != value:
-            raise UserError(f"{checkpoint} was trained on another {key}: {manifest['identity'].get(key)}, now {value}")
-    progress = Progress(manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"])
+    _verify(checkpoint, topology)
+    manifest = read_manifest(checkpoint)
+    _check_identity(checkpoint, manifest["identity"], identity)
+    progress = Progress(
+        manifest["step"],
+        manifest["consumed_samples"],
+        manifest["consumed_tokens"],
+        *(tuple(tuple(pair) for pair in manifest[key]) for key in ("skipped_samples", "recent")),
+    )
     saved, layout = manifest["layout"], layout_of(engine, topology)
-    differences = [
-        f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved.get(key, value) != value
-    ]
+    differences = [f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved[key] != value]
     if saved["bf16"] != layout["bf16"]:
-        raise UserError(
+        raise CheckpointError(
             f"{checkpoint} was trained in another precision: bf16 was {saved['bf16']}, now {layout['bf16']}"
         )
     if differences:
@@ -141,7 +122,7 @@ def load_checkpoint(
         seed_everything(seed_of_resume(seed, topology.data_parallel_rank, progress.consumed_samples))
         return progress
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
-    state = torch.load(checkpoint / _rank_file(topology.rank), map_location="cpu", weights_only=False)
+    state = torch.load(checkpoint / rank_file(topology.rank), map_location="cpu", weights_only=False)
     load_rank_state(state["rank_state"])
     _set_random_state(state["random"], topology.device)
     return progress
@@ -162,19 +143,12 @@ def layout_of(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str
     }
 
 
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """What a rank needs beside DeepSpeed's files."""
     return f"rank_{rank:05d}.pt"
 
 
-def _delete_old(folder: Path, keep_last: int) -> None:
-    kept = sorted(path for path in folder.glob("step_*") if (path / "MANIFEST.json").exists())
-    for path in kept[:-keep_last]:
-        shutil.rmtree(path)
-    for path in folder.glob("tmp_step_*"):
-        shutil.rmtree(path)
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -189,3 +163,24 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+def _verify(checkpoint: Path, topology: Topology) -> None:
+    """Every rank hashes its share, and all hear of every bad file."""
+    everyone: list[Any] = [None] * topology.world_size
+    own = problems_of(checkpoint, share=slice(topology.rank, None, topology.world_size))
+    dist.all_gather_object(everyone, own)
+    problems = dict.fromkeys(problem for found in everyone for problem in found)
+    if problems:
+        raise DamagedCheckpoint(checkpoint, list(problems))
+
+
+def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    there, here = flatten(saved), flatten(now)
+    differences = [
+        f"{key}: saved with {there.get(key)}, now {here.get(key)}"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differences:
+        raise CheckpointError(f"{checkpoint} is of another run ({'; '.join(differences)})")

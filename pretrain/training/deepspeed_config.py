@@ -51,6 +51,9 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
         problems.append(f"{path} has zero_optimization {zero!r}, must be an object with stage 0, 1, 2 or 3")
     if not isinstance(policy.get("bf16", {}), dict):
         problems.append(f"{path} has bf16 {policy['bf16']!r}, must be an object")
+    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        if isinstance(policy.get(section), dict) and policy[section].get(key) is False:
+            problems.append(f"{path} turns {section}.{key} off, without which no step could be refused; remove it")
     if problems:
         raise RecipeError(problems, f"the sharding of {recipe.name}")
     merged = _fill(policy, owned, "", str(path), problems)

@@ -1,21 +1,27 @@
 """``metrics.jsonl``: one record a logged step. Units are in the names, and how each is reduced is said here.
 
-step                  optimizer steps done
-tokens                targets trained on so far, all ranks
-loss                  nats per token, mean over the global batch of this step
-learning_rate         of this step
-grad_norm             global, before clipping
-tokens_per_second     all ranks, mean since the last record
-step_seconds          mean since the last record
-mfu                   share of the devices' dense bf16 peak, where it is known
-rare_fraction         share of the vocabulary whose gradient is gated in this step
-isotropy, ...         of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
-validation_loss       nats per token, mean over the valid split or its first sequences
-validation_perplexity the same by frequency group
+step                        steps done, those that were skipped included
+tokens                      targets trained on so far, all ranks
+loss                        nats per token, mean over the global batch of this step
+learning_rate               of this step
+grad_norm                   global, before clipping
+tokens_per_second           all ranks, mean since the last record
+step_seconds                mean since the last record
+mfu                         share of the devices' dense bf16 peak, where it is known
+rare_fraction               share of the vocabulary whose gradient is gated in this step
+isotropy, ...               of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
+validation_loss             nats per token, mean over the valid split or its first sequences
+validation_perplexity       the same by frequency group
+skipped                     of a step that was not trained on, instead of loss, learning_rate and grad_norm: reason,
+                            loss and grad_norm; after a rollback also back_to_step, whose records up to here are gone
+                            (pretrain.training.spikes)
+checkpoint_blocked_seconds  that training stood still for the last save
+checkpoint_disk_seconds     from its begin until it was on disk and named; in the first record after that
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -35,23 +41,37 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, done_steps: int, tensorboard_folder: Path | None) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= done_steps]
-            write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._board_folder = path, tensorboard_folder
+        self._open(done_steps)
+
+    def _open(self, done_steps: int) -> None:
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_text(self._path, "".join(line + "\n" for line in lines if _step_of(line) <= done_steps))
+        self._file = self._path.open("a", encoding="utf-8")
         self._board: Any = None
-        if tensorboard_folder is not None:
+        if self._board_folder is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 return
-            self._board = SummaryWriter(str(tensorboard_folder), purge_step=done_steps + 1)
+            self._board = SummaryWriter(str(self._board_folder), purge_step=done_steps + 1)
+
+    def go_back(self, done_steps: int) -> None:
+        """Drop the records after this step, as its checkpoint was loaded again."""
+        self.close()
+        self._open(done_steps)
 
     def write(self, record: dict[str, Any]) -> None:
         record = without_infinities(record)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # tries once more to write
+                self._file.close()
+            raise UserError(f"cannot write to {self._file.name}: {error.strerror}") from error
         if self._board is not None:
             for name, value in record.items():
                 parts = value.items() if isinstance(value, dict) else [("", value)]

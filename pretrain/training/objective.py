@@ -22,6 +22,9 @@ class PlainObjective:
     def begin_step(self, targets: torch.Tensor) -> None:
         """Nothing to count."""
 
+    def undo_step(self) -> None:
+        """Take the counts of this step back: it is not trained on."""
+
     def loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Sum over the valid targets: hidden [T, D], weight [V_local, D], target [T] to []."""
         return gated_linear_cross_entropy(
@@ -49,6 +52,9 @@ class GatedObjective(PlainObjective):
     def begin_step(self, targets: torch.Tensor) -> None:
         """Count all of this rank's targets of the coming optimizer step."""
         self.module.begin_step(targets)
+
+    def undo_step(self) -> None:
+        self.module.undo_step()
 
     def loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.module(hidden, weight, target, reduction="sum")

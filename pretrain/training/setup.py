@@ -12,6 +12,8 @@ import deepspeed
 from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
 from pretrain.checkpointing.checkpoint import Progress
+from pretrain.checkpointing.huggingface.initial_weights import load_initial_weights
+from pretrain.checkpointing.saving import CheckpointSaver
 from pretrain.data.loader import steps_per_epoch
 from pretrain.data.prepare import PreparedData
 from pretrain.model.gpt import build_model
@@ -35,21 +37,29 @@ class Run:
     objective: PlainObjective
     engine: deepspeed.DeepSpeedEngine
     deepspeed_config: dict[str, Any]
+    saver: CheckpointSaver
     progress: Progress
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Hashes that a checkpoint must share with the run that loads it."""
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that loads it: hashes, and the settings behind the recipe's."""
         tree = recipe_to_dict(self.recipe)
-        model = json.dumps([tree["model"], tree["optimizer"], tree["objective"]], sort_keys=True)
-        return {"data": self.prepared.sha256, "recipe": hashlib.sha256(model.encode()).hexdigest()}
+        del tree["model"]["init_from"]  # where the first weights came from; the checkpoint has newer ones
+        settings = {section: tree[section] for section in ("model", "optimizer", "objective")}
+        return {
+            "data_sha256": self.prepared.sha256,
+            "tokenizer_sha256": self.prepared.tokenizer.sha256,
+            "recipe_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            **settings,
+        }
 
 
-def build_run(recipe: Recipe, topology: Topology) -> Run:
+def build_run(recipe: Recipe, topology: Topology, *, init: bool = False) -> Run:
     """Data, model, objective and engine at step 0.
 
-    Weights come from ``recipe.seed`` alone; dropout differs between data-parallel ranks and is shared by the
-    tensor-parallel ranks of one replica.
+    Weights come from ``recipe.seed`` alone, or with ``init`` from the folder of ``recipe.model.init_from``, if it
+    names one; a run that then loads a checkpoint needs no ``init``. Dropout differs between data-parallel ranks and is
+    shared by the tensor-parallel ranks of one replica.
     """
     prepared = PreparedData.open(recipe)
     shard = VocabShard.of_rank(
@@ -62,6 +72,8 @@ def build_run(recipe: Recipe, topology: Topology) -> Run:
     model = build_model(
         recipe.model, shard, padded_vocab_size(prepared.vocab_size, recipe.model.vocab_multiple_of), recipe.seed
     )
+    if init and recipe.model.init_from:
+        load_initial_weights(model, recipe, prepared, shard, topology.tensor_parallel_rank)
     objective = build_objective(
         recipe.objective,
         shard,
@@ -74,4 +86,5 @@ def build_run(recipe: Recipe, topology: Topology) -> Run:
     config = deepspeed_config(recipe, topology.data_parallel_size)
     engine = build_engine(model, recipe.optimizer, config, topology)
     seed_everything(recipe.seed + 1_000_003 * (1 + topology.data_parallel_rank))
-    return Run(recipe, topology, prepared, shard, objective, engine, config, Progress(0, 0, 0))
+    saver = CheckpointSaver(engine, topology, recipe.checkpoint)
+    return Run(recipe, topology, prepared, shard, objective, engine, config, saver, Progress(0, 0, 0))

@@ -11,22 +11,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import agg.linear_cross_entropy as module
+import agg.sweep as module
 from agg import Gates, VocabShard, gated_linear_cross_entropy, rarity_gates
 from tests.agg.problems import dense_answer, make_problem
 from tests.distributed import run_ranks
 
-sweep_run = module._Sweep.run
-row_factors = module._row_factors
-add_target_entries = module._Sweep._add_target_entries
-positions = module._Job.positions
+sweep_run = module.Sweep.run
+row_factors = module.row_factors
+add_target_entries = module.Sweep._add_target_entries
+softmax_over_shards = module.softmax_over_shards_
 
 
 def one_process(**options):
     problem = make_problem()
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
     loss = gated_linear_cross_entropy(
-        hidden, weight, problem.target, problem.gates, problem.shard(0, 1), chunk_tokens=20, **options
+        hidden, weight, problem.target, problem.gates, problem.shard(0, 1), chunk_tokens=7, **options
     )
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
@@ -79,22 +79,31 @@ def swapped_gates(gates, dtype):
     return row_factors(Gates(gates.rare, gates.g2, gates.g1), dtype)
 
 
-def no_exemption(sweep, chunk, gate):
-    add_target_entries(sweep, chunk, None)
+def no_exemption(sweep):
+    sweep._own_p = torch.zeros_like(sweep._own_p) + sweep._smoothing_per_id
+    add_target_entries(sweep)
+
+
+def unnormalised(*arguments):
+    p, log_norm, factor, own = softmax_over_shards(*arguments)
+    return p, log_norm, factor * 1.01, own
 
 
 MUTANTS = {
-    "zeroed dW": (module._Sweep, "run", changed_run(zero_weight_grad), "dW"),
-    "negated dW": (module._Sweep, "run", changed_run(negate_weight_grad), "dW"),
-    "negated dH": (module._Sweep, "run", changed_run(negate_hidden_grad), "dH"),
-    "gated dH": (module._Sweep, "run", changed_run(gate_hidden_grad), "dH"),
-    "not gated": (module, "_row_factors", no_factors, "dW"),
-    "g1 for both classes": (module, "_row_factors", g1_for_both, "dW"),
-    "g1 and g2 swapped": (module, "_row_factors", swapped_gates, "dW"),
-    "target not exempt": (module._Sweep, "_add_target_entries", no_exemption, "dW"),
-    "no target entry": (module._Sweep, "_add_target_entries", lambda self, chunk, gate: None, "dW"),
-    "classes swapped": (module._Job, "positions", lambda self: positions(self)[::-1], "dW"),
-    "rare positions dropped": (module._Job, "positions", lambda self: (positions(self)[0], self.target[:0]), "dH"),
+    "zeroed dW": (module.Sweep, "run", changed_run(zero_weight_grad), "dW"),
+    "negated dW": (module.Sweep, "run", changed_run(negate_weight_grad), "dW"),
+    "negated dH": (module.Sweep, "run", changed_run(negate_hidden_grad), "dH"),
+    "gated dH": (module.Sweep, "run", changed_run(gate_hidden_grad), "dH"),
+    "not gated": (module, "row_factors", no_factors, "dW"),
+    "g1 for both classes": (module, "row_factors", g1_for_both, "dW"),
+    "g1 and g2 swapped": (module, "row_factors", swapped_gates, "dW"),
+    "target not exempt": (module.Sweep, "_add_target_entries", no_exemption, "dW"),
+    "no target entry": (module.Sweep, "_add_target_entries", lambda self: None, "dW"),
+    "no target is rare": (module.Job, "target_is_rare", lambda self: torch.zeros_like(self.target).bool(), "dW"),
+    "every target is rare": (module.Job, "target_is_rare", lambda self: torch.ones_like(self.target).bool(), "dW"),
+    "chunk of the turn not gated": (module.kernels, "gate_leading_rows_", lambda *_: None, "dW"),
+    "sum before the turn not gated": (module.kernels, "scale_rows_if_", lambda *_: None, "dW"),
+    "softmax not normalised": (module, "softmax_over_shards_", unnormalised, "dH"),
 }
 
 
@@ -108,21 +117,9 @@ def test_mutant_of_the_loss_is_killed(monkeypatch, name):
 
 
 def test_mutant_that_trains_ignored_positions_is_killed(monkeypatch):
-    problem = make_problem(ignored=0.3)
-
-    def everywhere(self):
-        _, rare = positions(self)
-        return torch.arange(len(self.target)), rare
-
-    def loss():
-        hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
-        value = gated_linear_cross_entropy(hidden, weight, problem.target, problem.gates, problem.shard(0, 1))
-        value.backward()
-        return value.detach(), hidden.grad, weight.grad
-
-    assert differs(loss(), dense_answer(problem)) == []
-    monkeypatch.setattr(module._Job, "positions", everywhere)
-    assert differs(loss(), dense_answer(problem))
+    expected = dense_answer(make_problem())
+    monkeypatch.setattr(module.Job, "valid", lambda self: torch.ones_like(self.target, dtype=torch.bool))
+    assert differs(one_process(), expected) == ["loss", "dH", "dW"]
 
 
 def split_answer(rank: int, world_size: int, mutant: str | None):
@@ -130,14 +127,16 @@ def split_answer(rank: int, world_size: int, mutant: str | None):
     shard = problem.shard(rank, world_size, dist.group.WORLD)
     weight, gates = problem.local(shard)
     if mutant == "shifted shard" and rank == 1:
+        VocabShard.__post_init__ = lambda self: None  # which refuses it
         shard = VocabShard(shard.start + 1, shard.stop + 1, shard.vocab_size, shard.group)
     if mutant == "dH not reduced":
         reduce = module.VocabShard.all_reduce  # classes of positions are integers, and stay reduced
         module.VocabShard.all_reduce = lambda self, t, *op: t if t.is_floating_point() else reduce(self, t, *op)
     if mutant == "norm of this rank alone":
         alone = VocabShard(shard.start, shard.stop, shard.vocab_size)
-        original = module._softmax_parts
-        module._softmax_parts = lambda logits, target, here, shard, dtype: original(logits, target, here, alone, dtype)
+        module.softmax_over_shards_ = lambda logits, rows, here, shard, dtype: softmax_over_shards(
+            logits, rows, here, alone, dtype
+        )
     hidden, weight = problem.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard)
     loss.backward()

@@ -197,6 +197,7 @@ def _save(run: Any) -> None:
     from pretrain.training.loop import save
 
     save(run, RunFolder(run.recipe.run_folder))
+    run.saver.wait()
 
 
 def _tell(run: Any) -> Told:

@@ -81,25 +81,6 @@ def test_old_checkpoints_are_deleted(prepared_recipe, tmp_path):
     assert there == ["step_00000005", "step_00000006"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda checkpoint: (checkpoint / "rank_00000.pt").unlink(), "rank_00000.pt is missing"),
-        (lambda checkpoint: (checkpoint / "rank_00000.pt").write_bytes(b"x"), "has 1 bytes, the manifest says"),
-        (lambda checkpoint: (checkpoint / "MANIFEST.json").write_text("{"), "MANIFEST.json cannot be read"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(prepared_recipe, tmp_path, damage, message):
-    from pretrain.checkpointing.folder import latest_checkpoint
-
-    recipe = change(prepared_recipe, output_root=str(tmp_path), batch={"train_steps": 1})
-    train_on_ranks(recipe, 1)
-    checkpoints = RunFolder(recipe.run_folder).checkpoints
-    damage(checkpoints / "step_00000001")
-    with pytest.raises(UserError, match=message):
-        latest_checkpoint(checkpoints)
-
-
 def test_another_global_batch_is_refused(prepared_recipe, tmp_path):
     recipe = change(prepared_recipe, output_root=str(tmp_path))
     train_on_ranks(recipe, 1, stop_at_step=2)

@@ -1,0 +1,81 @@
+"""The element-wise work on one chunk of logits, in place: Triton on a GPU, torch elsewhere, the same maths.
+
+Counts and conditions stay tensors, so that a GPU never waits for the host.
+
+Letters: C tokens of a chunk, V_local rows of this rank's vocabulary shard.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        from agg import triton_kernels
+    except ImportError:  # Triton is an extra
+        return None
+    return triton_kernels
+
+
+def values_are_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether reading a value of ``tensor`` stalls nothing."""
+    return tensor.device.type == "cpu"
+
+
+def _triton_for(tensor: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels, where ``tensor`` is for them."""
+    return _triton_kernels() if tensor.device.type == "cuda" and tensor.dtype != torch.float64 else None
+
+
+def softmax_rows_(
+    logits: torch.Tensor, target: torch.Tensor, sum_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax of each row, written over ``logits`` in its own dtype; sums in ``sum_dtype``.
+
+    Args:
+        logits: [C, V_local]; V_local may be 0. target: int64 [C], a column of each row.
+
+    Returns:
+        The softmax [C, V_local], log of the norm of each row [C], logit in the target's column [C].
+    """
+    if logits.shape[1] == 0:
+        own = logits.new_zeros(len(logits), dtype=sum_dtype)
+        return logits, torch.full_like(own, -torch.inf), own
+    triton = _triton_for(logits)
+    if triton is not None:
+        log_norm, own = triton.softmax_rows_(logits, target)
+        return logits, log_norm, own
+    own = logits.gather(1, target[:, None]).squeeze(1).to(sum_dtype)
+    largest = logits.amax(1).to(sum_dtype)
+    # On the CPU in place: a row is read whole before it is written.
+    in_place = logits.dtype == sum_dtype and logits.device.type == "cpu"
+    p = torch.softmax(logits, 1, sum_dtype, out=logits if in_place else None)
+    log_norm = largest - p.amax(1).log()  # the largest p is 1 / sum(exp(logits - largest))
+    return p.to(logits.dtype), log_norm, own
+
+
+def gate_leading_rows_(p: torch.Tensor, gate: torch.Tensor, count: torch.Tensor) -> None:
+    """``p[:count] *= gate`` with p [C, V_local], gate [V_local], count int64 []."""
+    if values_are_at_hand(count):
+        p[: int(count)] *= gate.to(p.dtype)
+    elif (triton := _triton_for(p)) is not None:
+        triton.gate_leading_rows_(p, gate, count)
+    else:
+        leading = torch.arange(len(p), device=p.device)[:, None] < count
+        p *= torch.where(leading, gate.to(p.dtype), 1)
+
+
+def scale_rows_if_(matrix: torch.Tensor, factor: torch.Tensor, condition: torch.Tensor) -> None:
+    """``if condition: matrix *= factor[:, None]`` with matrix [V_local, D], factor [V_local], condition bool []."""
+    if values_are_at_hand(condition):
+        if bool(condition):
+            matrix *= factor[:, None]
+    elif (triton := _triton_for(matrix)) is not None:
+        triton.scale_rows_if_(matrix, factor, condition)
+    else:
+        matrix *= torch.where(condition, factor, 1)[:, None]

@@ -1,0 +1,215 @@
+"""One pass over all chunks of a loss call: losses, and the gradients that are asked for.
+
+Letters: T tokens, C tokens of a chunk, D hidden size, V vocabulary, V_local rows of this rank's shard; P softmax,
+Y one-hot targets. The maths is told in :mod:`agg.linear_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from agg import kernels
+from agg.gating import Gates
+from agg.vocab_shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one loss call is asked; see :func:`agg.gated_linear_cross_entropy`."""
+
+    target: torch.Tensor
+    gates: Gates | None
+    shard: VocabShard
+    ignore_index: int
+    label_smoothing: float
+    chunk_tokens: int
+
+    def valid(self) -> torch.Tensor:
+        """bool [T]: not ignored."""
+        return self.target != self.ignore_index
+
+    def target_is_rare(self) -> torch.Tensor:
+        """bool [T]; False where ignored."""
+        if self.gates is None:
+            return torch.zeros_like(self.target, dtype=torch.bool)
+        if self.gates.rare_ids is not None:
+            valid = self.valid()
+            return valid & self.gates.rare_ids[torch.where(valid, self.target, 0)]
+        rows, here = self.shard.to_local(self.target)
+        return self.shard.all_reduce((self.gates.rare[rows] & here & self.valid()).to(torch.int32)).bool()
+
+
+class Sweep:
+    """
+    Positions are taken in the order: target rare, target not rare, ignored. The chunk in which the rare ones end is
+    the turn: there the sum so far and the rows of P that are rare get the factor ``between``.
+
+    Args:
+        hidden: [T, D]. weight: [V_local, D].
+        row_scale: [T], d(result)/d(loss of a position), 0 where ignored; None without gradients.
+
+    Attributes:
+        losses: [T], 0 where ignored. hidden_grad: [T, D] or None. weight_grad: [V_local, D] or None.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        needs_hidden: bool,
+        needs_weight: bool,
+    ) -> None:
+        self.job, self.hidden, self.row_scale = job, hidden, row_scale
+        self.real = weight[: job.shard.real]  # rows that only pad take no part
+        self.sum_dtype = sum_dtype(hidden.dtype)
+        self.losses = torch.zeros(hidden.shape[0], dtype=self.sum_dtype, device=hidden.device)
+        self.hidden_grad: torch.Tensor | None = None
+        self.weight_grad: torch.Tensor | None = None
+        self._rows, self._here = job.shard.to_local(job.target)
+        self._is_rare = job.target_is_rare()
+        self._own_p = torch.zeros_like(self.losses)  # P at each position's target; 0 where held elsewhere
+        self._hidden_sum = torch.zeros_like(hidden, dtype=self.sum_dtype) if needs_hidden else None
+        self._weight_sum = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_weight else None
+        self._factors = None if job.gates is None else row_factors(job.gates, hidden.dtype)
+        self._smoothing_per_id = job.label_smoothing / job.shard.vocab_size
+        self._row_sum = self.real.sum(0, dtype=self.sum_dtype) if job.label_smoothing else None  # local, [D]
+        self._row_sum_all = None if self._row_sum is None else job.shard.all_reduce(self._row_sum.clone())
+
+    def run(self) -> Sweep:
+        order = self._order()
+        rare_count = self._is_rare.sum()
+        self._logits = self.hidden.new_empty(min(self.job.chunk_tokens, len(order)), self.real.shape[0])
+        for first in range(0, len(order), self.job.chunk_tokens):
+            self._chunk(order[first : first + self.job.chunk_tokens], first, rare_count)
+        if self._weight_sum is not None:
+            if self._factors is not None:
+                self._weight_sum.mul_(self._factors[1][:, None])
+            self._add_smoothing()
+            self._add_target_entries()
+            self.weight_grad = self._weight_sum.to(self.hidden.dtype)
+        if self._hidden_sum is not None:
+            self.hidden_grad = self.job.shard.all_reduce(self._hidden_sum).to(self.hidden.dtype)
+        return self
+
+    def _order(self) -> torch.Tensor:
+        """int64: indices of the positions in the order of their classes; without the ignored if that costs no wait."""
+        valid = self.job.valid()
+        order = torch.where(self._is_rare, 0, torch.where(valid, 1, 2)).argsort(stable=True)
+        return order[: int(valid.sum())] if kernels.values_are_at_hand(valid) else order
+
+    def _chunk(self, chunk: torch.Tensor, first: int, rare_count: torch.Tensor) -> None:
+        """Losses of the positions ``chunk`` [C], and their share of P in the gradients."""
+        eps = self.job.label_smoothing
+        hidden, here = self.hidden[chunk], self._here[chunk]  # [C, D], [C]
+        logits = torch.mm(hidden, self.real.T, out=self._logits[: len(chunk)])
+        local_p, log_norm, factor, own_logit = softmax_over_shards_(
+            logits, self._rows[chunk], here, self.job.shard, self.sum_dtype
+        )
+        losses = log_norm - own_logit
+        self._own_p[chunk] = torch.where(here, (-losses).exp(), 0)
+        if self._row_sum_all is not None:
+            mean_logit = hidden.to(self.sum_dtype) @ self._row_sum_all / self.job.shard.vocab_size
+            losses = (1 - eps) * losses + eps * (log_norm - mean_logit)
+        self.losses[chunk] = torch.where(self.job.valid()[chunk], losses, 0)
+        if self.row_scale is None or len(self.real) == 0:
+            return
+        scale = self.row_scale[chunk]
+        p_scale = (scale * factor)[:, None]  # what the other ranks add to the norm is a factor of rows
+        if self._hidden_sum is not None:
+            part = (local_p @ self.real).to(self.sum_dtype).mul_(p_scale)
+            part -= self.real[self._rows[chunk]].to(self.sum_dtype) * ((1 - eps) * scale * here)[:, None]
+            if self._row_sum is not None:
+                part -= self._smoothing_per_id * scale[:, None] * self._row_sum
+            self._hidden_sum[chunk] = part
+        if self._weight_sum is not None:
+            scaled = (hidden.to(self.sum_dtype) * p_scale).to(hidden.dtype)
+            self._add_p(local_p, scaled, first, rare_count)
+
+    def _add_p(self, local_p: torch.Tensor, scaled: torch.Tensor, first: int, rare_count: torch.Tensor) -> None:
+        """dW gains ``P^T H`` of a chunk, which begins at place ``first`` of the order; ``local_p`` is overwritten."""
+        assert self._weight_sum is not None
+        total = self._weight_sum[: len(self.real)]
+        if self._factors is not None:
+            between = self._factors[0][: len(self.real)]
+            rare_here = rare_count - first
+            is_turn = (rare_here > 0) & (rare_here <= len(local_p))
+            kernels.gate_leading_rows_(local_p, between, torch.where(is_turn, rare_here, 0))
+            if first:
+                kernels.scale_rows_if_(total, between, is_turn)
+        if self.sum_dtype == self.hidden.dtype:
+            total.addmm_(local_p.T, scaled)
+        else:
+            total += local_p.T @ scaled
+
+    def _add_smoothing(self) -> None:
+        """The part of ``-Y'`` that is the same for all ids, gated like P."""
+        if not self.job.label_smoothing:
+            return
+        assert self._weight_sum is not None and self.row_scale is not None
+        gates, hidden = self.job.gates, self.hidden.to(self.sum_dtype)
+        of_rare = torch.where(self._is_rare, self.row_scale, 0)
+        gate = self._weight_sum.new_ones(len(self._weight_sum)) if gates is None else gates.g1.to(self.sum_dtype)
+        columns = [(gate, self.row_scale - of_rare)]
+        if gates is not None:
+            columns.append((gates.g2.to(self.sum_dtype), of_rare))
+        for gate, scale in columns:
+            total = scale @ hidden  # [D]
+            self._weight_sum[: len(self.real)].addr_(gate[: len(self.real)], total, alpha=-self._smoothing_per_id)
+
+    def _add_target_entries(self) -> None:
+        """``- Y``, and what the gate took from the target's own entry of P, which is exempt."""
+        assert self._weight_sum is not None and self.row_scale is not None
+        coefficient = torch.full_like(self._own_p, self.job.label_smoothing - 1)
+        if self.job.gates is not None:
+            gate = torch.where(self._is_rare, self.job.gates.g2[self._rows], self.job.gates.g1[self._rows])
+            coefficient += (1 - gate.to(self.sum_dtype)) * (self._own_p - self._smoothing_per_id)
+        coefficient *= self.row_scale * self._here
+        for chunk in torch.arange(len(self.hidden), device=self.hidden.device).split(self.job.chunk_tokens):
+            entries = self.hidden[chunk].to(self.sum_dtype) * coefficient[chunk][:, None]
+            self._weight_sum.index_add_(0, self._rows[chunk], entries)
+
+
+def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors of rows that gate both classes without touching C x V.
+
+    With A_r and A_c the ungated ``P^T H`` of positions whose target is rare and is not,
+    ``g2 A_r + g1 A_c = after * (between * A_r + A_c)``: one buffer holds the sums of both.
+
+    Returns:
+        between, after: [V_local], float32 at least. Where g1 is 0 and g2 is not, ``after`` is tiny instead of 0;
+        ``between`` then still fits ``dtype``.
+    """
+    g1, g2 = (gate.to(sum_dtype(dtype)) for gate in (gates.g1, gates.g2))
+    tiny = 2.0**-14 if dtype == torch.float16 else 2.0**-60
+    after = torch.where(g2 > 0, g1.clamp(min=tiny), g1)
+    return torch.where(after > 0, g2 / after, 1.0), after
+
+
+def softmax_over_shards_(
+    logits: torch.Tensor, rows: torch.Tensor, here: torch.Tensor, shard: VocabShard, sum_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax over a split vocabulary with one collective.
+
+    Args:
+        logits: [C, real rows], overwritten. rows: of the targets [C]. here: whether each is on this rank.
+
+    Returns:
+        The softmax over this rank's rows alone, of which P is ``factor`` times; the log of the whole norm [C];
+        factor [C]; the target's logit [C].
+    """
+    local_p, local_norm, own = kernels.softmax_rows_(logits, rows, sum_dtype)
+    own = torch.where(here, own, 0)
+    if shard.world_size == 1:
+        return local_p, local_norm, torch.ones_like(own), own
+    gathered = shard.all_gather(torch.stack([local_norm, own]))
+    log_norm = gathered[:, 0].logsumexp(0)
+    return local_p, log_norm, (local_norm - log_norm).exp(), gathered[:, 1].sum(0)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of accumulators: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,203 @@
+"""A run that is asked to stop saves, says so by its exit code, and goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.run_folder import RunFolder
+from pretrain.training.stopping import EXIT_STOPPED, StopSignals
+from tests.distributed import run_ranks
+from tests.small_runs import change, read_metrics, train_on_ranks
+from tests.training.processes import ROOT, end_of, hanging_script, ranks_of, start, wait_until, write_recipe
+
+STEPS = 160
+
+
+def long_recipe(prepared_recipe, tmp_path, **sections):
+    return change(
+        prepared_recipe,
+        output_root=str(tmp_path),
+        batch={"train_steps": STEPS},
+        model={"hidden_dropout": 0.1},
+        parallel={"data_parallel_size": 2},
+        reporting={"geometry_every_steps": 0, "validate_every_steps": 0},
+        **sections,
+    )
+
+
+def without_speed(records):
+    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "step_seconds")} for record in records]
+
+
+def to_launcher(process, recipe):
+    process.send_signal(signal.SIGTERM)
+
+
+def to_one_rank(process, recipe):
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+
+
+def ctrl_c(process, recipe):
+    """The terminal gives it to the launcher and to every rank; the launcher relays it as well."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def stop_file(process, recipe):
+    RunFolder(recipe.run_folder).stop_file.touch()
+
+
+def test_stopped_in_every_way_and_resumed_is_undisturbed(prepared_recipe, tmp_path):
+    """One run of real processes, stopped four times; its records are those of a run that never was."""
+    recipe = long_recipe(prepared_recipe, tmp_path)
+    whole = change(recipe, output_root=str(tmp_path / "whole"))
+    expected = without_speed(train_on_ranks(whole, 2))
+    path, folder = write_recipe(recipe, tmp_path), RunFolder(recipe.run_folder)
+    for times, stop in enumerate((to_launcher, to_one_rank, ctrl_c, stop_file)):
+        before = len(read_metrics(recipe)) if folder.metrics_file.exists() else 0
+        process = start("train", path)
+        wait_until(lambda: folder.metrics_file.exists() and len(read_metrics(recipe)) > before + 3, process)  # noqa: B023
+        stop(process, recipe)
+        code, text = end_of(process)
+        assert code == EXIT_STOPPED == 75, text
+        steps = len(read_metrics(recipe))
+        assert before + 3 < steps < STEPS
+        assert f"step {steps:,} saved in {folder.checkpoints}; stopped as asked, the same command goes on" in text
+        latest = (folder.checkpoints / "latest").read_text().strip()
+        assert latest == f"step_{steps:08d}", times
+    code, text = end_of(start("train", path))
+    assert code == 2 and f"{folder.stop_file} asks this run to stop: delete it to go on" in text
+    folder.stop_file.unlink()
+    code, text = end_of(start("train", path))
+    assert code == 0, text
+    assert without_speed(read_metrics(recipe)) == expected
+
+
+def test_stopped_while_it_starts(prepared_recipe, tmp_path):
+    """Ranks that Python is still starting get the signal later, but get it."""
+    recipe = long_recipe(prepared_recipe, tmp_path)
+    process = start("train", write_recipe(recipe, tmp_path))
+    wait_until(lambda: len(ranks_of(process)) == 2, process)
+    process.send_signal(signal.SIGUSR1)
+    code, text = end_of(process)
+    assert code == EXIT_STOPPED and "nothing trained yet; stopped as asked" in text
+    folder = RunFolder(recipe.run_folder)
+    assert not folder.checkpoints.exists() and folder.metrics_file.read_text() == ""
+
+
+def test_a_second_signal_leaves_at_once(prepared_recipe, tmp_path):
+    """Even when a rank hangs, and the other waits for it in a collective."""
+    recipe = long_recipe(prepared_recipe, tmp_path, hang_timeout_minutes=0.0)
+    process = start("train", write_recipe(recipe, tmp_path), script=hanging_script(tmp_path))
+    folder = RunFolder(recipe.run_folder)
+    wait_until(lambda: folder.metrics_file.exists() and len(read_metrics(recipe)) == 2, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    code, text = end_of(process)
+    assert code == 128 + signal.SIGTERM and time.monotonic() - begin < 5
+    assert "SIGTERM again: leaves at once, nothing is saved" in text
+    assert not folder.checkpoints.exists()
+
+
+def interrupted(rank, world_size, recipe, what):
+    """Rank 1 gets a signal while all save, or evaluate, after step 2."""
+    import pretrain.training.loop as loop
+    from pretrain.topology import connect
+
+    real = getattr(loop, what)
+
+    def with_signal(*arguments, **options):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return real(*arguments, **options)
+
+    setattr(loop, what, with_signal)
+    with StopSignals() as signals:
+        return loop.train(recipe, connect(recipe), None, signals).step
+
+
+@pytest.mark.parametrize("what", ["save", "measure_perplexity"])
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_stopped_while_it_saves_or_evaluates(prepared_recipe, tmp_path, what, tensor_parallel):
+    recipe = change(
+        prepared_recipe,
+        output_root=str(tmp_path),
+        checkpoint={"every_steps": 2},
+        reporting={"validate_every_steps": 2},
+        parallel={"data_parallel_size": 2 // tensor_parallel, "tensor_model_parallel_size": tensor_parallel},
+    )
+    RunFolder(recipe.run_folder).claim(recipe, "")
+    assert run_ranks(interrupted, 2, recipe, what) == [2, 2]
+    folder = RunFolder(recipe.run_folder)
+    assert [path.name for path in folder.checkpoints.glob("step_*")] == ["step_00000002"]
+    assert [record["step"] for record in read_metrics(recipe)] == [1, 2]
+
+
+def one_asks(rank, world_size, recipe, asking):
+    from pretrain.data.loader import TrainingBatches, training_dataset
+    from pretrain.topology import connect
+    from pretrain.training.loop import train_step
+    from pretrain.training.setup import build_run
+
+    run = build_run(recipe, connect(recipe))
+    topology = run.topology
+    batches = TrainingBatches(
+        training_dataset(run.prepared, recipe),
+        micro_batch_size=2,
+        global_batch_size=8,
+        data_parallel_rank=topology.data_parallel_rank,
+        data_parallel_size=topology.data_parallel_size,
+    )
+    return [
+        train_step(run, batch, step == 1 and rank == asking).stop
+        for step, batch in zip(range(3), batches, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("asking", range(4))
+def test_any_rank_stops_all(prepared_recipe, asking):
+    """Also one that is not in the data-parallel group of the others."""
+    recipe = change(prepared_recipe, parallel={"data_parallel_size": 2, "tensor_model_parallel_size": 2})
+    assert run_ranks(one_asks, 4, recipe, asking) == [[False, True, False]] * 4
+
+
+LAUNCH = """
+import sys, subprocess
+from pathlib import Path
+import pretrain.launch as launch
+real = subprocess.Popen
+launch.subprocess.Popen = lambda command, **options: real([sys.executable, "-c", {code!r}], **options)
+sys.exit(launch.run_local_ranks([], 2, Path({logs!r})))
+"""
+
+
+@pytest.mark.parametrize(("first", "second", "common"), [(75, 75, 75), (0, 0, 0), (75, 7, 7), (7, 75, 7)])
+def test_the_launcher_gives_the_common_exit_code(tmp_path, first, second, common):
+    """Ranks that leave a second apart are waited for."""
+    code = f"import os, sys, time; r = int(os.environ['RANK']); time.sleep(r); sys.exit([{first}, {second}][r])"
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH.format(code=code, logs=str(tmp_path))], cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.returncode == common
+
+
+def test_signals_are_as_before_afterwards():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 5
+        while signals.requested is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert signals.requested == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)  # within the second: a launcher's copy of the same request
+        time.sleep(0.1)
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]

@@ -1,0 +1,89 @@
+"""One rank of two hangs: both end, each with its stacks; a process that is stuck with the lock held ends as well."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pretrain.training.watchdog import EXIT_HUNG, Watchdog
+from tests.small_runs import change
+from tests.training.processes import ROOT, hanging_script, start, write_recipe
+
+
+def test_one_hanging_rank_ends_all_with_stacks(prepared_recipe, tmp_path):
+    recipe = change(
+        prepared_recipe,
+        output_root=str(tmp_path),
+        parallel={"data_parallel_size": 2},
+        hang_timeout_minutes=0.1,
+    )
+    process = start("train", write_recipe(recipe, tmp_path), script=hanging_script(tmp_path))
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == EXIT_HUNG == 70, output + errors
+    run = tmp_path / "small"
+    assert "rank 0 hangs: no end of step 3 after 6 s; the stacks are in " in errors
+    stacks = [(run / "stacks" / f"rank_0000{rank}.txt").read_text() for rank in range(2)]
+    for rank, text in enumerate(stacks):
+        assert text.startswith(f"rank {rank} hangs: no end of step 3 after 6 s\n")
+    assert "in deaf_rank" in stacks[1] and "all_reduce" not in stacks[1]
+    assert "in train_step" in stacks[0] and "all_reduce" in stacks[0]
+    assert "rank 1 hangs: no end of step 3" in (run / "logs" / "rank_00001.log").read_text()
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+LONG = """
+import ctypes, time
+from pathlib import Path
+from pretrain.training.watchdog import Watchdog
+with Watchdog({seconds}, 5, Path({file!r})) as dog:
+    {body}
+print("left alone")
+"""
+
+
+def test_a_lock_that_is_never_given_back(tmp_path):
+    """A call into C that keeps the interpreter's lock: no Python thread can run, faulthandler's own can."""
+    code = LONG.format(seconds=1, file=str(tmp_path / "x"), body="dog.expect('step 1'); ctypes.PyDLL(None).sleep(60)")
+    done = run_python(code)
+    assert done.returncode == 1 and "Timeout (0:00:01.250000)!" in done.stderr and "File" in done.stderr
+
+
+def test_stacks_need_no_folder(tmp_path):
+    """A full or dead disk: the process ends all the same, stacks are on stderr."""
+    (tmp_path / "file").write_text("")
+    code = LONG.format(
+        seconds=0.5, file=str(tmp_path / "file" / "x"), body="dog.expect('saving at step 3'); time.sleep(60)"
+    )
+    done = run_python(code)
+    assert done.returncode == EXIT_HUNG
+    assert "rank 5 hangs: no end of saving at step 3 after 0 s" in done.stderr and "Thread" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "body"),
+    [
+        (1, "for step in range(8): dog.expect(f'step {step}'); time.sleep(0.4)"),
+        (1, "dog.expect('saving', patience=4); time.sleep(2.5)"),
+        (1, "dog.expect('step 1'); dog.__exit__(None, None, None); time.sleep(2.5)"),
+        (0, "dog.expect('step 1'); time.sleep(1)"),
+    ],
+    ids=["each step in time", "patience", "closed", "off"],
+)
+def test_who_is_not_late_is_left_alone(tmp_path, seconds, body):
+    done = run_python(LONG.format(seconds=seconds, file=str(tmp_path / "x"), body=body))
+    assert done.stdout == "left alone\n" and done.returncode == 0
+    assert not (tmp_path / "x").exists()
+
+
+def test_off_starts_nothing(tmp_path):
+    import threading
+
+    before = threading.active_count()
+    with Watchdog(0, 0, tmp_path / "x") as dog:
+        dog.expect("step 1")
+        assert threading.active_count() == before
