@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from pretrain.checkpointing.deepspeed_files import DeepSpeedFiles, Kind
-from pretrain.checkpointing.folder import check_whole
+from pretrain.checkpointing.folder import check_whole, rank_file
 from pretrain.checkpointing.split import Split
-from pretrain.errors import UserError
 from pretrain.files import write_json
 
 PARAMETERS_FILE = "parameters.json"
@@ -44,13 +43,7 @@ class PortableCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         manifest = check_whole(folder)
-        try:
-            described = json.loads((folder / PARAMETERS_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} has no {PARAMETERS_FILE}, as it was saved by an older version: it loads only on the layout "
-                "that saved it"
-            ) from error
+        described = json.loads((folder / PARAMETERS_FILE).read_text(encoding="utf-8"))
         self.folder = folder
         self.layout: dict[str, Any] = manifest["layout"]
         self.step: int = manifest["step"]
@@ -85,7 +78,7 @@ class PortableCheckpoint:
 
     def rank_states(self) -> list[dict[str, Any]]:
         """What each rank saved beside the engine (its part of the token counts), in rank order."""
-        files = [self.folder / f"rank_{rank:05d}.pt" for rank in range(self.layout["world_size"])]
+        files = [self.folder / rank_file(rank) for rank in range(self.layout["world_size"])]
         return [torch.load(file, map_location="cpu", weights_only=False)["rank_state"] for file in files]
 
     def _saved_part(self, name: str, kind: Kind, rank: int) -> torch.Tensor:

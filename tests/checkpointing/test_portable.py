@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 import torch
 from megatron.core.tensor_parallel.layers import _initialize_affine_weight_cpu
 
+from pretrain.checkpointing.folder import read_manifest, write_manifest
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.split import Split
 from pretrain.errors import UserError
@@ -89,7 +89,6 @@ def test_tensors_are_mapped(saved_on):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: _drop(folder, "parameters.json"), "saved by an older version"),
         (lambda folder: (folder / "offloaded_tensors").mkdir(), "optimizer state of NVMe"),
         (lambda folder: _edit(folder, optimizer="MiCS_Optimizer"), "DeepSpeed's MiCS_Optimizer"),
     ],
@@ -102,14 +101,7 @@ def test_what_cannot_be_moved_is_said(saved_on, tmp_path, damage, message):
         PortableCheckpoint(folder)
 
 
-def _drop(folder, name):
-    (folder / name).unlink()
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
-    del manifest["files"][name]
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
-
-
 def _edit(folder, **layout):
-    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest = read_manifest(folder)
     manifest["layout"] |= layout
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
