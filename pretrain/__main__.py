@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "List, verify or export the checkpoints of a run."
+    text = "List, verify, reshard or export the checkpoints of a run."
     inner = verbs.add_parser("checkpoint", help=text, description=text).add_subparsers(
         title="verbs", required=True, metavar="VERB"
     )
@@ -112,6 +112,14 @@ def _add_checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPar
     added.set_defaults(run="pretrain.checkpoint_commands:verify")
     added.add_argument("folder", metavar="RUN", type=Path)
     added.add_argument("--step", type=_positive, metavar="STEP", help="this one only")
+
+    text = "Save one again as another layout saves it, without a GPU; train would do it by itself."
+    added = inner.add_parser("reshard", help=text, description=text)
+    added.set_defaults(run="pretrain.commands:reshard")
+    added.add_argument("folder", metavar="RUN", type=Path)
+    added.add_argument("overrides", nargs="+", metavar="key=value", help="e.g. parallel.tensor_model_parallel_size=2")
+    added.add_argument("--step", type=_positive, metavar="STEP", help="instead of the latest")
+    added.add_argument("--claimed", action="store_true", help=argparse.SUPPRESS)  # by the launcher
 
     text = "Write the weights and the tokenizer as a Hugging Face folder, for transformers and other tools."
     added = inner.add_parser("export", help=text, description=text)

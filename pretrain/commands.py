@@ -8,7 +8,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pretrain.checkpointing.folder import check_whole, checkpoint_name, checkpoints_in, choose_checkpoint, problems_of
+from pretrain.checkpointing.folder import (
+    check_whole,
+    checkpoint_name,
+    checkpoints_in,
+    choose_checkpoint,
+    problems_of,
+    step_of,
+)
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
@@ -75,6 +82,31 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
             saved = f"step {progress.step:,} saved in {folder.checkpoints}" if progress.step else "nothing trained yet"
             say(f"{recipe.name}: {saved}" + ("; stopped as asked, the same command goes on" if stopped else ""))
     return EXIT_STOPPED if stopped else 0
+
+
+def reshard(options: argparse.Namespace) -> int:
+    folder, place = RunFolder(options.folder), place_from_environment()
+    checkpoint = choose_checkpoint(folder.checkpoints, options.step)
+    recipe = load_recipe(str(folder.recipe_file), options.overrides)
+    on_cpu = dataclasses.replace(recipe, device="cpu")  # it moves tensors, and computes nothing
+    choose_device(on_cpu)
+    quiet_third_party()
+    with contextlib.ExitStack() as stack:
+        if not options.claimed and (place is None or place.rank == 0):
+            folder.check(recipe)
+            _check_before_start(on_cpu, on_cpu.local_world_size if place is None else place.world_size)
+            lock = stack.enter_context(run_lock(folder.path))
+            if place is None and recipe.local_world_size > 1:
+                arguments = ["checkpoint", "reshard", str(options.folder), *options.overrides]
+                arguments += ["--step", str(step_of(checkpoint)), "--claimed"]
+                return _run_ranks(arguments, recipe, folder, inherited=[lock])
+        from pretrain.checkpointing.reshard import reshard as reshard_checkpoint
+
+        with _connected(on_cpu) as topology:
+            reshard_checkpoint(folder, checkpoint, on_cpu, topology)
+            if topology.is_first:
+                folder.claim(recipe, "")
+    return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:

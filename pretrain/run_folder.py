@@ -12,7 +12,7 @@ import yaml
 
 from pretrain.checkpointing.folder import checkpoint_name, checkpoints_in, choose_checkpoint, problems_of, step_of
 from pretrain.errors import DamagedCheckpoint, UserError
-from pretrain.files import make_folder, write_text
+from pretrain.files import make_folder, sync_folder, write_text
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import flatten, recipe_from_dict, recipe_to_dict
 
@@ -20,7 +20,7 @@ from pretrain.recipe_io import flatten, recipe_from_dict, recipe_to_dict
 FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel", "spikes", "hang_timeout_minutes")
 FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
-NOT_OF_A_RUN = (".lock", "logs", "aside")
+NOT_OF_A_RUN = (".lock", "logs", "aside", "resharding")
 
 EVALUATION_FORMAT = 1
 
@@ -102,6 +102,14 @@ class RunFolder:
             raise DamagedCheckpoint(checkpoint, problems)
         aside = self._move_aside([path for path in checkpoints_in(self.checkpoints) if step_of(path) > step])
         write_text(self.checkpoints / "latest", checkpoint.name + "\n")
+        return aside
+
+    def replace_checkpoint(self, checkpoint: Path, new: Path) -> Path:
+        """Put ``new`` in the place of a checkpoint, which moves to ``aside/TIME/checkpoints``."""
+        aside = self._move_aside([checkpoint])
+        assert aside is not None
+        new.rename(checkpoint)
+        sync_folder(self.checkpoints)
         return aside
 
     def _differences(self, recipe: Recipe) -> dict[str, str]:

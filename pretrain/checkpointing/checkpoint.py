@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpointing.folder import checkpoints_in, latest_problem, problems_of, read_manifest
+from pretrain.checkpointing.folder import checkpoints_in, latest_problem, problems_of, rank_file, read_manifest
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import load_portable, seed_of_resume
 from pretrain.console import say
@@ -143,11 +143,6 @@ def layout_of(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str
     }
 
 
-def rank_file(rank: int) -> str:
-    """What a rank needs beside DeepSpeed's files."""
-    return f"rank_{rank:05d}.pt"
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
@@ -159,8 +154,10 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
+    if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "cuda":  # saved without a GPU
+        torch.cuda.manual_seed(torch.initial_seed())
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
 

@@ -26,6 +26,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def rank_file(rank: int) -> str:
+    """What a rank needs beside DeepSpeed's files."""
+    return f"rank_{rank:05d}.pt"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 

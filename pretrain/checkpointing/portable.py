@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpointing.deepspeed_files import DeepSpeedFiles, Kind
-from pretrain.checkpointing.folder import check_whole
+from pretrain.checkpointing.folder import check_whole, rank_file
 from pretrain.checkpointing.split import Split
 from pretrain.files import write_json
 
@@ -79,7 +79,7 @@ class PortableCheckpoint:
 
     def rank_states(self) -> list[dict[str, Any]]:
         """What each rank saved beside the engine (its part of the token counts), in rank order."""
-        files = [self.folder / f"rank_{rank:05d}.pt" for rank in range(self.layout["world_size"])]
+        files = [self.folder / rank_file(rank) for rank in range(self.layout["world_size"])]
         return [torch.load(file, map_location="cpu", weights_only=False)["rank_state"] for file in files]
 
     def _saved_part(self, name: str, kind: Kind, rank: int) -> torch.Tensor:

@@ -32,15 +32,12 @@ def load_portable(engine: deepspeed.DeepSpeedEngine, portable: PortableCheckpoin
     if engine.zero_optimization_partition_weights():
         engine.optimizer.checkpoint_event_prologue()  # frees the weights that are gathered now
     for fragment in fragments:
-        wanted: dict[Kind, torch.Tensor] = {"weight": fragment.flat}
-        if portable.adam_step:
-            wanted |= _adam_state(engine.basic_optimizer, fragment, portable.adam_step)
-        for kind, flat in wanted.items():
-            part = portable.part(
-                fragment.name, kind, topology.tensor_parallel_rank, topology.tensor_parallel_size
-            ).flatten()
+        flats: dict[Kind, torch.Tensor] = {"weight": fragment.flat}
+        flats |= _adam_state(engine.basic_optimizer, fragment, portable.adam_step)
+        for kind, flat in flats.items():
+            part = portable.part(fragment.name, kind, topology.tensor_parallel_rank, topology.tensor_parallel_size)
             target = flat.view(-1)[fragment.offset : fragment.offset + fragment.numel]
-            target.copy_(part[fragment.start : fragment.start + fragment.numel])
+            target.copy_(part.flatten()[fragment.start : fragment.start + fragment.numel])
     _refresh_working_weights(engine)
     engine.global_steps, engine.global_samples = portable.step, portable.consumed_samples
 

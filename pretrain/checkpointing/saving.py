@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain import __version__
-from pretrain.checkpointing.checkpoint import Progress, layout_of, random_state, rank_file
+from pretrain.checkpointing.checkpoint import Progress, layout_of, random_state
 from pretrain.checkpointing.files import CheckpointFiles
-from pretrain.checkpointing.folder import UNFINISHED, checkpoint_name, delete_old, remove, write_manifest
+from pretrain.checkpointing.folder import UNFINISHED, checkpoint_name, delete_old, rank_file, remove, write_manifest
 from pretrain.checkpointing.fragments import optimizer_order
 from pretrain.checkpointing.portable import write_parameters
 from pretrain.checkpointing.split import Split, parameter_splits

@@ -38,6 +38,18 @@ LAYOUTS = [
     Layout(tensor, data, stage) for stage in (0, 1, 2, 3) for tensor, data in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
 ]
 
+
+def other(source: Layout) -> Layout:
+    """Another layout in every respect; each is the other of one."""
+    stage, place = divmod(LAYOUTS.index(source), 5)
+    return LAYOUTS[(stage + 1) % 4 * 5 + (place + 1 + stage) % 5]
+
+
+def variant_from(source: Layout) -> str:
+    """What is moved from there to the other layout: where there are four replicas, the model that is padded."""
+    return "gpt2" if 4 in (source.data, other(source).data) else "llama"
+
+
 BF16_SOURCES = [  # variant and layout, for the short form of the tests
     ("gpt2-bf16", Layout(1, 2, 0)),
     ("llama-bf16", Layout(2, 1, 1)),
@@ -66,10 +78,12 @@ class Saved:
     told: list[Told]
 
 
+# So that DeepSpeed has to pad on four ranks, single parameters under ZeRO 3 and whole groups under ZeRO 1 and 2.
+ODD = {"hidden_size": 30, "num_attention_heads": 2, "num_layers": 1}
 VARIANTS = {
-    "gpt2": {"model": {"style": "gpt2"}},
+    "gpt2": {"model": {"style": "gpt2", **ODD}},
     "llama": {"model": {"style": "llama", "num_query_groups": 2}},
-    "gpt2-bf16": {"model": {"style": "gpt2", "tied_embeddings": False}, "precision": "bf16"},
+    "gpt2-bf16": {"model": {"style": "gpt2", "tied_embeddings": False, **ODD}, "precision": "bf16"},
     "llama-bf16": {"model": {"style": "llama", "num_query_groups": 2, "tied_embeddings": True}, "precision": "bf16"},
 }
 

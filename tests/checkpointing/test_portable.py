@@ -12,10 +12,9 @@ from pretrain.checkpointing.folder import read_manifest, write_manifest
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.split import Split
 from pretrain.errors import UserError
-from tests.checkpointing.layouts import BF16_SOURCES, KINDS, LAYOUTS, SAVED_AT, Layout, whole_counts
+from tests.checkpointing.layouts import BF16_SOURCES, KINDS, LAYOUTS, SAVED_AT, Layout, variant_from, whole_counts
 
 ALONE = Layout(1, 1, 0)
-STYLES = ("gpt2", "llama")
 
 
 @pytest.mark.parametrize(("dim", "stride"), [(0, 1), (0, 2), (1, 1)])
@@ -44,25 +43,24 @@ def test_ranks_hold_gate_and_up_of_their_own_columns():
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_reads_as_the_single_process(saved_on, layout):
     """Bit for bit what DeepSpeed's own functions say on each rank; the single process to the reduction order."""
-    style = STYLES[LAYOUTS.index(layout) % 2]
-    saved, alone = saved_on(style, layout), saved_on(style, ALONE)
+    name = variant_from(layout)
+    saved, alone = saved_on(name, layout), saved_on(name, ALONE)
     portable, reference = PortableCheckpoint(saved.checkpoint), PortableCheckpoint(alone.checkpoint)
     for rank in saved.told:
         assert sorted(rank.tensors) == sorted(portable.names())
-        for name, tensors in rank.tensors.items():
+        for parameter, tensors in rank.tensors.items():
             for kind in KINDS:
-                part = portable.part(name, kind, rank.tensor_parallel_rank, layout.tensor)
-                assert part.dtype == torch.float32 and torch.equal(part, tensors[kind]), (name, kind)
+                part = portable.part(parameter, kind, rank.tensor_parallel_rank, layout.tensor)
+                assert part.dtype == torch.float32 and torch.equal(part, tensors[kind]), (parameter, kind)
     assert portable.names() == reference.names()
-    for name in portable.names():
-        assert portable.shape(name) == tuple(alone.told[0].tensors[name]["weight"].shape)
+    for parameter in portable.names():
+        assert portable.shape(parameter) == tuple(alone.told[0].tensors[parameter]["weight"].shape)
         for kind in KINDS:
-            if kind == "weight" and name.endswith("linear_qkv.bias"):
+            if kind == "weight" and parameter.endswith("linear_qkv.bias"):
                 continue  # softmax ignores the bias of keys: its gradient is rounding, of which Adam makes whole steps
-            expected = reference.tensor(name, kind)
-            torch.testing.assert_close(
-                portable.tensor(name, kind), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
-            )
+            expected = reference.tensor(parameter, kind)
+            tolerance = 3e-5 if kind == "weight" else 1e-4 * float(expected.abs().max())  # a step is 3e-3
+            torch.testing.assert_close(portable.tensor(parameter, kind), expected, rtol=0, atol=tolerance)
     assert portable.adam_step == portable.step == SAVED_AT
     assert whole_counts(saved.told) == whole_counts(alone.told)
     assert len(portable.rank_states()) == layout.world_size

@@ -10,6 +10,7 @@ import torch
 
 from pretrain.checkpointing import checkpoint, portable_load
 from pretrain.checkpointing.checkpoint import Progress
+from pretrain.checkpointing.folder import latest_problem, problems_of
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import seed_of_resume
 from pretrain.checkpointing.split import Split
@@ -18,15 +19,19 @@ from pretrain.training.deepspeed_config import find_policy
 from pretrain.training.objective import GatedObjective
 from tests.checkpointing.layouts import (
     BF16_SOURCES,
+    KINDS,
     LAYOUTS,
     SAVED_AT,
     VARIANTS,
     Layout,
     differences,
+    other,
     resume_on,
     save_on,
+    variant_from,
 )
 from tests.small_runs import change, train_on_ranks
+from tests.test_pipeline import pretrain
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-3}  # nats per token; a sample too many changes it by more than 1e-2
 
@@ -38,12 +43,6 @@ def moves(variant, saved_on, root, name: str, source: Layout, target: Layout) ->
     return differences(saved, resumed, TOLERANCE[recipe.precision])
 
 
-def other(source: Layout) -> Layout:
-    """Another layout in every respect; each is the other of one."""
-    stage, place = divmod(LAYOUTS.index(source), 5)
-    return LAYOUTS[(stage + 1) % 4 * 5 + (place + 1 + stage) % 5]
-
-
 def test_every_layout_is_a_source_and_a_target():
     assert {other(source) for source in LAYOUTS} == set(LAYOUTS)
 
@@ -51,14 +50,20 @@ def test_every_layout_is_a_source_and_a_target():
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_goes_on_elsewhere(variant, saved_on, tmp_path, source):
     """Weights, Adam's state and counts bit for bit, the next losses to the reduction order."""
-    name = ("gpt2", "llama")[LAYOUTS.index(source) % 2]
-    assert moves(variant, saved_on, tmp_path, name, source, other(source)) == []
+    assert moves(variant, saved_on, tmp_path, variant_from(source), source, other(source)) == []
 
 
 @pytest.mark.parametrize(("name", "source"), BF16_SOURCES)
 def test_goes_on_elsewhere_in_bf16(variant, saved_on, tmp_path, name, source):
     target = Layout(source.data, source.tensor, (source.stage + 1) % 4)
     assert moves(variant, saved_on, tmp_path, name, source, target) == []
+
+
+def test_four_tensor_parallel_ranks(variant, tmp_path):
+    recipe = change(variant("llama"), model={"num_query_groups": 4})
+    saved = save_on(recipe, Layout(4, 1, 1), tmp_path / "saved")
+    resumed = resume_on(recipe, Layout(2, 2, 3), tmp_path / "resumed", saved.checkpoint)
+    assert differences(saved, resumed, TOLERANCE["fp32"]) == []
 
 
 @pytest.mark.long
@@ -137,7 +142,7 @@ MUTANTS = {
     "the data go on one sample later": (
         checkpoint,
         "Progress",
-        lambda step, samples, n: Progress(step, samples + 1, n),
+        lambda step, samples, *rest: Progress(step, samples + 1, *rest),
     ),
     "token counts are not loaded": (GatedObjective, "load_state_dict", lambda objective, states: None),
 }
@@ -184,16 +189,42 @@ def test_train_goes_on_elsewhere(prepared_recipe, tmp_path):
     assert len(changes) == 2 and folder.saved_recipe().parallel.sharding == "zero2"
 
 
+def test_reshard_ahead_of_time(prepared_recipe, tmp_path):
+    """The checkpoint is then loaded as one of that layout, and the one before is kept."""
+    recipe = change(prepared_recipe, output_root=str(tmp_path / "moved"))
+    alone = train_on_ranks(change(recipe, output_root=str(tmp_path / "alone")), 1)
+    train_on_ranks(recipe, 1, stop_at_step=3)
+    folder = RunFolder(recipe.run_folder)
+    overrides = ["parallel.tensor_model_parallel_size=2", "parallel.sharding=zero3"]
+    done = pretrain("checkpoint", "reshard", str(folder.path), *overrides)
+    saved = folder.checkpoints / "step_00000003"
+    assert "step_00000003 is on 2 rank(s)" in done.stdout
+    (before,) = folder.path.glob("aside/*/checkpoints/step_00000003")
+    assert problems_of(saved) == problems_of(before) == [] and latest_problem(folder.checkpoints) is None
+    one, other = PortableCheckpoint(before), PortableCheckpoint(saved)
+    assert (other.layout["tensor_model_parallel_size"], other.layout["zero_stage"]) == (2, 3)
+    assert all(torch.equal(one.tensor(name, kind), other.tensor(name, kind)) for name in one.names() for kind in KINDS)
+    assert len(folder.layout_changes_file.read_text().splitlines()) == 1
+    parallel = {"tensor_model_parallel_size": 2, "sharding": "zero3"}
+    records = train_on_ranks(change(recipe, parallel=parallel), 2)
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in alone], abs=TOLERANCE["fp32"])
+    assert len(folder.layout_changes_file.read_text().splitlines()) == 1
+    refused = pretrain("checkpoint", "reshard", str(folder.path), "optimizer.weight_decay=0.5", code=2)
+    assert "optimizer.weight_decay: there 0.1, asked for 0.5" in refused.stderr
+
+
 def test_another_precision_is_refused(variant, saved_on, tmp_path):
     saved = saved_on("gpt2", Layout(1, 1, 0))
-    with pytest.raises(AssertionError, match=r"UserError: .* trained in another precision: bf16 was False, now True"):
+    with pytest.raises(
+        AssertionError, match=r"CheckpointError: .* trained in another precision: bf16 was False, now True"
+    ):
         resume_on(change(variant("gpt2"), precision="bf16"), Layout(1, 1, 1), tmp_path, saved.checkpoint)
 
 
 def test_another_model_is_refused(variant, saved_on, tmp_path, monkeypatch):
-    """Also where nothing else tells: here the hash of the recipe is not compared."""
-    monkeypatch.setattr("pretrain.training.setup.Run.identity", {})
+    """Also where nothing else tells: here the recipes are not compared."""
+    monkeypatch.setattr(checkpoint, "_check_identity", lambda *_: None)
     saved = saved_on("gpt2", Layout(1, 1, 0))
     deeper = change(variant("gpt2"), model={"num_layers": 3})
-    with pytest.raises(AssertionError, match=r"another model: decoder.layers.2.* is not there"):
+    with pytest.raises(AssertionError, match=r"another model: decoder.layers.1.* is not there"):
         resume_on(deeper, Layout(2, 1, 1), tmp_path, saved.checkpoint)

@@ -1,0 +1,39 @@
+"""``python -m pretrain checkpoint reshard``: a checkpoint saved again as another layout saves it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pretrain.checkpointing.checkpoint import load_checkpoint
+from pretrain.console import say
+from pretrain.recipe import Recipe
+from pretrain.run_folder import RunFolder
+from pretrain.topology import Topology
+from pretrain.training.setup import build_run
+
+
+def reshard(folder: RunFolder, checkpoint: Path, recipe: Recipe, topology: Topology) -> None:
+    """Put ``checkpoint`` on the layout of these ranks; a collective.
+
+    It is written beside the others first. Then what was there moves to ``aside/``, so that nothing is ever lost.
+
+    Raises:
+        CheckpointError: it cannot be loaded here, or the new one cannot be written; nothing has changed.
+    """
+    run = build_run(recipe, topology)
+    load = run.objective.load_state_dict
+    progress = load_checkpoint(run.engine, checkpoint, load, topology, run.identity, recipe.seed)
+    staging = folder.path / "resharding"
+    if topology.is_first:
+        shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+    dist.barrier()
+    run.saver.save(staging, progress, run.objective.state_dict(), run.identity)
+    run.saver.wait()
+    if topology.is_first:
+        aside = folder.replace_checkpoint(checkpoint, staging / checkpoint.name)
+        shutil.rmtree(staging)
+        say(f"{checkpoint.name} is on {topology.describe()} now; the one before is kept in {aside}")
+    dist.barrier()
