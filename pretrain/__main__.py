@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=3e-4")
         if name == "train":
             added.add_argument("--stop-at-step", type=_positive, help="save and stop after this step")
+            added.add_argument("--allow-changes", action="store_true", help="go on with another batch, data, optimizer")
             start = added.add_mutually_exclusive_group()
             start.add_argument("--from-scratch", action="store_true", help="move the run that is there to aside/")
             start.add_argument("--resume-from", type=_positive, metavar="STEP", help="move newer checkpoints to aside/")

@@ -61,22 +61,23 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
                 f"# override: {override}\n" for override in options.overrides
             )
             if not options.from_scratch:
-                folder.check(recipe)
+                folder.check(recipe, allow_changes=options.allow_changes)
             make_folder(folder.path)
             lock = stack.enter_context(run_lock(folder.path))
             _set_aside(options, folder)
-            folder.claim(recipe, given)
+            folder.claim(recipe, given, allow_changes=options.allow_changes)
             if place is None and _is_done(recipe):
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
                 return 0
             if place is None and recipe.local_world_size > 1:
                 stop = [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
-                arguments = ["train", options.recipe, *options.overrides, *stop, "--claimed"]
+                allow = ["--allow-changes"] if options.allow_changes else []
+                arguments = ["train", options.recipe, *options.overrides, *stop, *allow, "--claimed"]
                 return _run_ranks(arguments, recipe, folder, signals, [lock])
         from pretrain.training.loop import train as train_run
 
         topology = stack.enter_context(_connected(recipe))
-        progress = train_run(recipe, topology, options.stop_at_step, signals)
+        progress = train_run(recipe, topology, options.stop_at_step, signals, options.allow_changes)
         stopped = progress.step < min(options.stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
         if topology.is_first:
             saved = f"step {progress.step:,} saved in {folder.checkpoints}" if progress.step else "nothing trained yet"

@@ -20,6 +20,8 @@ from pretrain.recipe_io import flatten, recipe_from_dict, recipe_to_dict
 FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel", "spikes", "hang_timeout_minutes")
 FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
+# What may differ if that is asked for: the weights fit, but what is trained is another thing from here on.
+CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
 NOT_OF_A_RUN = (".lock", "logs", "aside", "resharding")
 
 EVALUATION_FORMAT = 1
@@ -34,7 +36,7 @@ class RunFolder:
         self.recipe_given_file = path / "recipe_given.yaml"
         self.deepspeed_file = path / "deepspeed.json"
         self.metrics_file = path / "metrics.jsonl"
-        self.layout_changes_file = path / "layout_changes.jsonl"
+        self.changes_file = path / "changes.jsonl"
         self.checkpoints = path / "checkpoints"
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
@@ -50,36 +52,42 @@ class RunFolder:
         """
         return recipe_from_dict(self._saved_tree(), str(self.recipe_file))
 
-    def claim(self, recipe: Recipe, given: str) -> None:
+    def claim(self, recipe: Recipe, given: str, *, allow_changes: bool = False) -> None:
         """Make the folder this recipe's, or see that it is already.
 
-        A run may go on on another layout; that is recorded in ``layout_changes.jsonl``.
+        What changes, of the layout or else, is recorded in ``changes.jsonl``.
 
         Raises:
             UserError: another run is there, with the keys that differ; or the folder cannot be written.
         """
-        self.check(recipe)
+        self.check(recipe, allow_changes=allow_changes)
         make_folder(self.path)
         if self._has_begun():
             changes = self._differences(recipe)
-            self._record_layout_changes([text for key, text in changes.items() if key.startswith(LAYOUT_KEYS)])
+            self._record([text for key, text in changes.items() if key.startswith(LAYOUT_KEYS) or not _is_free(key)])
         else:
             write_text(self.recipe_given_file, given)
         write_text(self.recipe_file, yaml.safe_dump(_with_whole_paths(recipe_to_dict(recipe)), sort_keys=False))
 
-    def check(self, recipe: Recipe) -> None:
+    def check(self, recipe: Recipe, *, allow_changes: bool = False) -> None:
         """See that the folder is this recipe's or free, and change nothing.
+
+        Args:
+            allow_changes: the batch, the data and the optimizer may be others.
 
         Raises:
             UserError: another run is there, with the keys that differ; or it is not a run.
         """
         if self._has_begun():
-            refused = [text for key, text in self._differences(recipe).items() if not _is_free(key)]
+            changes = {key: text for key, text in self._differences(recipe).items() if not _is_free(key)}
+            allowed = {key for key in changes if key.split(".")[0] in CHANGEABLE_SECTIONS}
+            refused = [text for key, text in changes.items() if not (allow_changes and key in allowed)]
             if refused:
+                way_out = " --allow-changes goes on with another batch, data or optimizer." if allowed else ""
                 raise UserError(
                     f"{self.path} already holds another run:\n"
                     + "\n".join(f"  - {text}" for text in refused)
-                    + f"\nGive this one another name=..., or delete {self.path}."
+                    + f"\nGive this one another name=..., or delete {self.path}.{way_out}"
                 )
         elif self.path.is_dir() and not self.recipe_file.exists() and self._content():
             raise UserError(
@@ -148,10 +156,10 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def _record_layout_changes(self, changes: list[str]) -> None:
+    def _record(self, changes: list[str]) -> None:
         if changes:
             record = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "changes": changes}
-            with self.layout_changes_file.open("a", encoding="utf-8") as file:
+            with self.changes_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
     def _saved_tree(self) -> dict[str, Any]:

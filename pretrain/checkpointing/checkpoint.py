@@ -25,6 +25,8 @@ from pretrain.randomness import seed_everything
 from pretrain.recipe_io import flatten
 from pretrain.topology import Topology
 
+CHANGEABLE = ("data_sha256", "tokenizer_sha256", "recipe_sha256", "optimizer.")  # of the identity, if asked for
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -44,6 +46,8 @@ def resume(
     topology: Topology,
     identity: dict[str, Any],
     seed: int,
+    *,
+    allow_changes: bool = False,
 ) -> Progress | None:
     """Load the newest checkpoint that verifies, and say which were passed over and why; a collective.
 
@@ -60,7 +64,7 @@ def resume(
     names, problem, had_some = found[0]
     for name in names:
         try:
-            progress = load_checkpoint(engine, folder / name, load_rank_state, topology, identity, seed)
+            progress = load_checkpoint(engine, folder / name, load_rank_state, topology, identity, seed, allow_changes)
         except DamagedCheckpoint as error:
             if topology.is_first:
                 say(f"passed over {name}: {'; '.join(error.problems)}")
@@ -83,6 +87,7 @@ def load_checkpoint(
     topology: Topology,
     identity: dict[str, Any],
     seed: int,
+    allow_changes: bool = False,
 ) -> Progress:
     """Continue from a checkpoint; a collective. Ranks share the hashing of its files.
 
@@ -93,6 +98,7 @@ def load_checkpoint(
     Args:
         load_rank_state: is given what this rank saved, or on another layout the list of what all ranks saved.
         seed: of the recipe.
+        allow_changes: what is trained on may be another data set, tokenizer or optimizer.
 
     Raises:
         DamagedCheckpoint: on all ranks, and nothing was loaded.
@@ -100,7 +106,7 @@ def load_checkpoint(
     """
     _verify(checkpoint, topology)
     manifest = read_manifest(checkpoint)
-    _check_identity(checkpoint, manifest["identity"], identity)
+    _check_identity(checkpoint, manifest["identity"], identity, allow_changes)
     progress = Progress(
         manifest["step"],
         manifest["consumed_samples"],
@@ -172,12 +178,13 @@ def _verify(checkpoint: Path, topology: Topology) -> None:
         raise DamagedCheckpoint(checkpoint, list(problems))
 
 
-def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:
     there, here = flatten(saved), flatten(now)
+    free = CHANGEABLE if allow_changes else ()
     differences = [
         f"{key}: saved with {there.get(key)}, now {here.get(key)}"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+        if there.get(key) != here.get(key) and not key.startswith(free)
     ]
     if differences:
         raise CheckpointError(f"{checkpoint} is of another run ({'; '.join(differences)})")

@@ -33,7 +33,11 @@ from pretrain.training.watchdog import PATIENCE, Watchdog
 
 
 def train(
-    recipe: Recipe, topology: Topology, stop_at_step: int | None = None, signals: StopSignals | None = None
+    recipe: Recipe,
+    topology: Topology,
+    stop_at_step: int | None = None,
+    signals: StopSignals | None = None,
+    allow_changes: bool = False,
 ) -> Progress:
     """Train to the end of the recipe, to ``stop_at_step``, or until all ranks are asked to stop; then save.
 
@@ -50,6 +54,7 @@ def train(
         watchdog = stack.enter_context(Watchdog(60 * recipe.hang_timeout_minutes, topology.rank, stacks))
         watchdog.expect("the start", PATIENCE)
         run = build_run(recipe, topology, init=not checkpoints_in(folder.checkpoints))
+        run.allows_changes = allow_changes
         stack.callback(run.saver.wait)
         if topology.is_first:
             remove_unfinished(folder.checkpoints)
@@ -212,7 +217,13 @@ def save(run: Run, folder: RunFolder) -> None:
 def load_newest(run: Run, folder: RunFolder) -> Progress | None:
     """Put all ranks where they were at the newest checkpoint that verifies; None if nothing was saved yet."""
     return resume(
-        run.engine, folder.checkpoints, run.objective.load_state_dict, run.topology, run.identity, run.recipe.seed
+        run.engine,
+        folder.checkpoints,
+        run.objective.load_state_dict,
+        run.topology,
+        run.identity,
+        run.recipe.seed,
+        allow_changes=run.allows_changes,
     )
 
 

@@ -39,6 +39,7 @@ class Run:
     deepspeed_config: dict[str, Any]
     saver: CheckpointSaver
     progress: Progress
+    allows_changes: bool = False  # of what checkpoints were trained on; see RunFolder.check
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -49,6 +50,7 @@ class Run:
         return {
             "data_sha256": self.prepared.sha256,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
+            "vocab_size": self.prepared.vocab_size,
             "recipe_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
             **settings,
         }

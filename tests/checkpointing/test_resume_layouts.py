@@ -180,7 +180,7 @@ def test_train_goes_on_elsewhere(prepared_recipe, tmp_path):
         for key in ("step", "tokens", "learning_rate", "rare_fraction"):
             assert record[key] == expected[key]
     folder = RunFolder(recipe.run_folder)
-    changes = [json.loads(line)["changes"] for line in folder.layout_changes_file.read_text().splitlines()]
+    changes = [json.loads(line)["changes"] for line in folder.changes_file.read_text().splitlines()]
     assert changes[0] == [
         "batch.micro_batch_size: there 2, asked for 4",
         "parallel.sharding: there 'zero1', asked for 'zero3'",
@@ -204,11 +204,11 @@ def test_reshard_ahead_of_time(prepared_recipe, tmp_path):
     one, other = PortableCheckpoint(before), PortableCheckpoint(saved)
     assert (other.layout["tensor_model_parallel_size"], other.layout["zero_stage"]) == (2, 3)
     assert all(torch.equal(one.tensor(name, kind), other.tensor(name, kind)) for name in one.names() for kind in KINDS)
-    assert len(folder.layout_changes_file.read_text().splitlines()) == 1
+    assert len(folder.changes_file.read_text().splitlines()) == 1
     parallel = {"tensor_model_parallel_size": 2, "sharding": "zero3"}
     records = train_on_ranks(change(recipe, parallel=parallel), 2)
     assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in alone], abs=TOLERANCE["fp32"])
-    assert len(folder.layout_changes_file.read_text().splitlines()) == 1
+    assert len(folder.changes_file.read_text().splitlines()) == 1
     refused = pretrain("checkpoint", "reshard", str(folder.path), "optimizer.weight_decay=0.5", code=2)
     assert "optimizer.weight_decay: there 0.1, asked for 0.5" in refused.stderr
 

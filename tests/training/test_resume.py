@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
+from tests.distributed import run_ranks
 from tests.small_runs import change, read_metrics, train_on_ranks
 
 EXACT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "rare_fraction", "isotropy", "validation_perplexity")
@@ -81,8 +84,34 @@ def test_old_checkpoints_are_deleted(prepared_recipe, tmp_path):
     assert there == ["step_00000005", "step_00000006"]
 
 
-def test_another_global_batch_is_refused(prepared_recipe, tmp_path):
+def test_another_global_batch_is_refused_unless_asked_for(prepared_recipe, tmp_path):
     recipe = change(prepared_recipe, output_root=str(tmp_path))
     train_on_ranks(recipe, 1, stop_at_step=2)
-    with pytest.raises(UserError, match="batch.global_batch_size: there 8, asked for 16"):
-        RunFolder(recipe.run_folder).claim(change(recipe, batch={"global_batch_size": 16}), "")
+    folder, wider = RunFolder(recipe.run_folder), change(recipe, batch={"global_batch_size": 16})
+    with pytest.raises(UserError, match=r"batch.global_batch_size: there 8, asked for 16\n.*--allow-changes goes on"):
+        folder.claim(wider, "")
+    folder.claim(wider, "", allow_changes=True)
+    assert "batch.global_batch_size: there 8, asked for 16" in json.loads(folder.changes_file.read_text())["changes"]
+    with pytest.raises(UserError, match="model.num_layers"):
+        folder.claim(change(wider, model={"num_layers": 3}), "", allow_changes=True)
+    records = train_on_ranks(wider, 1, stop_at_step=3)
+    assert records[-1]["tokens"] - records[-2]["tokens"] == 2 * (records[-2]["tokens"] - records[-3]["tokens"])
+
+
+def go_on(rank, world_size, recipe, allow_changes):
+    from pretrain.topology import connect
+    from pretrain.training.loop import train
+
+    return train(recipe, connect(recipe), 3, allow_changes=allow_changes).step
+
+
+def test_another_optimizer_is_refused_unless_asked_for(prepared_recipe, tmp_path):
+    """Also where only the checkpoint knows, as after data that were prepared again in the same folder."""
+    recipe = change(prepared_recipe, output_root=str(tmp_path))
+    train_on_ranks(recipe, 1, stop_at_step=2)
+    slower = change(recipe, optimizer={"learning_rate": 1e-4})
+    with pytest.raises(AssertionError, match=r"optimizer.learning_rate: saved with 0.003, now 0.0001"):
+        run_ranks(go_on, 1, slower, False)
+    assert run_ranks(go_on, 1, slower, True) == [3]
+    with pytest.raises(AssertionError, match="objective.alpha"):
+        run_ranks(go_on, 1, change(slower, objective={"alpha": 3.0}), True)
