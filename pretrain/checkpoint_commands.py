@@ -22,6 +22,7 @@ from pretrain.checkpointing.folder import (
 )
 from pretrain.console import say
 from pretrain.errors import EXIT_USER_ERROR, DamagedCheckpoint, UserError
+from pretrain.files import file_sha256
 from pretrain.quiet import quiet_third_party
 from pretrain.run_folder import RunFolder
 
@@ -74,19 +75,17 @@ def export(options: argparse.Namespace) -> None:
 
     from pretrain.checkpointing.huggingface.export import export_huggingface
     from pretrain.checkpointing.portable import PortableCheckpoint
-    from pretrain.data.manifest import Manifest
     from pretrain.data.prepare import TOKENIZER_NAME
 
-    data = Path(recipe.data.folder)
-    manifest = Manifest.read(data)
-    if manifest is None or manifest.sha256 != read_manifest(checkpoint)["identity"]["data_sha256"]:
-        raise UserError(f"{data} does not hold the data of this run, whose tokenizer belongs into the export")
+    tokenizer = Path(recipe.data.folder) / TOKENIZER_NAME
+    if not tokenizer.is_file() or file_sha256(tokenizer) != read_manifest(checkpoint)["identity"]["tokenizer_sha256"]:
+        raise UserError(f"{tokenizer} is not the tokenizer of this run, which belongs into the export")
     saved = PortableCheckpoint(checkpoint)
     done = export_huggingface(
         saved.tensor,
         saved.names(),
         recipe.model,
-        data / TOKENIZER_NAME,
+        tokenizer,
         options.output,
         dtype=getattr(torch, options.dtype),
     )

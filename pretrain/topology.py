@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import subprocess
 from collections.abc import Mapping
@@ -138,13 +139,16 @@ def connect(recipe: Recipe) -> Topology:
     on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     data_parallel_size_of(recipe, place.world_size)
+    timeout = max(TIMEOUT, datetime.timedelta(minutes=4 * recipe.hang_timeout_minutes))  # the watchdog comes first
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _initialize(place, "nccl" if on_gpu else "gloo")
+        _initialize(place, "nccl" if on_gpu else "gloo", timeout)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=recipe.parallel.tensor_model_parallel_size, create_gloo_process_groups=False
+            tensor_model_parallel_size=recipe.parallel.tensor_model_parallel_size,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
         )
     return Topology(
         rank=place.rank,
@@ -169,11 +173,11 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _initialize(place: Place, backend: str) -> None:
+def _initialize(place: Place, backend: str, timeout: datetime.timedelta) -> None:
     if "MASTER_ADDR" not in os.environ and place.world_size > 1 and "SLURM_STEP_NODELIST" in os.environ:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_rendezvous()
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
         return
     if place.world_size > 1:
         raise UserError(
@@ -185,7 +189,7 @@ def _initialize(place: Place, backend: str) -> None:
         store=dist.HashStore(),  # type: ignore[attr-defined]
         rank=0,
         world_size=1,
-        timeout=TIMEOUT,
+        timeout=timeout,
     )
 
 

@@ -38,7 +38,8 @@ class PortableCheckpoint:
         adam_step: updates that Adam has made.
 
     Raises:
-        UserError: the checkpoint is not whole, or is one that loads only on the layout that saved it.
+        DamagedCheckpoint: the checkpoint is not whole.
+        UserError: it is one that loads only on the layout that saved it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class _Save:
     manifest: dict[str, Any]  # without files
     splits: dict[str, Split]  # of all parameters
     begin_seconds: float
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class CheckpointSaver:
@@ -68,7 +69,7 @@ class CheckpointSaver:
         self._group: dist.ProcessGroup | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[None] | None = None
-        self._seconds: dict[str, float] = {}
+        self._seconds: list[dict[str, float]] = []  # of saves that were not told yet
 
     def save(self, folder: Path, progress: Progress, rank_state: dict[str, Any], identity: dict[str, Any]) -> None:
         """Save all ranks' state.
@@ -82,7 +83,6 @@ class CheckpointSaver:
         """
         begin = time.perf_counter()
         self.wait()
-        self._seconds = {}
         temporary = self._make_temporary(folder, checkpoint_name(progress.step))
         self._files.begin()
         self._engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
@@ -101,11 +101,12 @@ class CheckpointSaver:
         }
         splits = parameter_splits(self._engine.module, self._topology.tensor_parallel_size)
         pending = _Save(temporary, folder / checkpoint_name(progress.step), manifest, splits, begin)
+        self._seconds.append(pending.seconds)
         if self._recipe.background:
             self._running = self._thread.submit(self._finish, pending)
         else:
             self._finish(pending)
-        self._seconds["checkpoint_blocked_seconds"] = time.perf_counter() - begin
+        pending.seconds["checkpoint_blocked_seconds"] = time.perf_counter() - begin
 
     def wait(self) -> None:
         """Until what was saved is on disk.
@@ -118,11 +119,10 @@ class CheckpointSaver:
             running.result()
 
     def seconds(self) -> dict[str, float]:
-        """How long the last save blocked training and took to be on disk, once that is known; then nothing."""
-        if "checkpoint_disk_seconds" not in self._seconds:
-            return {}
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+        """How long the last save that is done blocked training, and took to be on disk; told once."""
+        done = [seconds for seconds in self._seconds if len(seconds) == 2]
+        self._seconds = [seconds for seconds in self._seconds if seconds not in done]
+        return done[-1] if done else {}
 
     def _make_temporary(self, folder: Path, name: str) -> Path:
         """The folder to write into, of a name that no rank of a dying run can still be writing to."""
@@ -153,7 +153,7 @@ class CheckpointSaver:
             if self._topology.is_first:
                 shutil.rmtree(save.temporary, ignore_errors=True)
             raise _failed(save.final.name, error)
-        self._seconds["checkpoint_disk_seconds"] = time.perf_counter() - save.begin_seconds
+        save.seconds["checkpoint_disk_seconds"] = time.perf_counter() - save.begin_seconds
 
     def _commit(self, save: _Save, files: dict[str, dict[str, Any]]) -> None:
         """The first rank, when every rank's files are on disk."""

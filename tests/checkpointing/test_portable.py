@@ -89,6 +89,7 @@ def test_tensors_are_mapped(saved_on):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda folder: (folder / "parameters.json").unlink(), "parameters.json is missing"),
         (lambda folder: (folder / "offloaded_tensors").mkdir(), "optimizer state of NVMe"),
         (lambda folder: _edit(folder, optimizer="MiCS_Optimizer"), "DeepSpeed's MiCS_Optimizer"),
     ],
@@ -103,5 +104,4 @@ def test_what_cannot_be_moved_is_said(saved_on, tmp_path, damage, message):
 
 def _edit(folder, **layout):
     manifest = read_manifest(folder)
-    manifest["layout"] |= layout
-    write_manifest(folder, manifest)
+    write_manifest(folder, {**manifest, "layout": manifest["layout"] | layout})

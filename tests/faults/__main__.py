@@ -75,13 +75,14 @@ def main() -> None:
             for i in range(len(LAYOUTS))
         )
         resumes = _resume_from_damage(root / "0" / "calm" / "small", recipe, draw)
+    total = {
+        name: sum(getattr(figure, name) for figure in figures) for name in ("kills", "kills_during_save", "loaded")
+    }
+    lost = sum(figure.bytes_lost for figure in figures)
     seconds = sorted(second for figure in figures for second in figure.seconds_to_resume)
-    total = {key: sum(getattr(figure, key) for figure in figures) for key in ("kills", "kills_during_save", "loaded")}
-    print(f"kills: {total['kills']}, of them during a save: {total['kills_during_save']}")
-    print("every run ended bit for bit as the undisturbed one")
-    print(f"checkpoints that verified after a kill: {total['loaded']}, all loaded")
-    print(f"bytes lost: {sum(figure.bytes_lost for figure in figures)}")
-    print(f"damages: {damages}, each named; runs resumed past a damage: {resumes}, each bit for bit")
+    print(f"kills: {total['kills']}, {total['kills_during_save']} of them during a save; all ends bit for bit the same")
+    print(f"checkpoints that verified after a kill: {total['loaded']}, all of them loaded; bytes lost: {lost}")
+    print(f"damages: {damages}, each named; runs that resumed past one: {resumes}, all ends bit for bit the same")
     print(f"seconds to resume: median {seconds[len(seconds) // 2]:.1f}, longest {seconds[-1]:.1f}")
 
 

@@ -17,6 +17,7 @@ def test_killed_runs_end_as_the_undisturbed_one(prepared_recipe, tmp_path):
         model={"hidden_dropout": 0.1},
         parallel={"data_parallel_size": 2},
         checkpoint={"every_steps": 2},
+        reporting={"geometry_every_steps": 0, "validate_every_steps": 0},
     )
     calm = change(recipe, output_root=str(tmp_path / "calm"))
     killed = change(recipe, output_root=str(tmp_path / "killed"))

@@ -68,7 +68,7 @@ def hanging_script(folder: Path) -> str:
     return str(path)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300.0) -> None:
     """Wait for something that a running process does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -81,7 +81,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
 
 def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code, and what was printed."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     return process.returncode, output + errors
 
 

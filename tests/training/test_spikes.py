@@ -50,12 +50,28 @@ def poisonous(recipe, value):
     setup.build_model = build_poisoned
 
 
-def batches_of(run):
+class Broken:
+    """Samples of which those of one batch have the same target everywhere, as a broken shard may."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        entry = dict(self._dataset[index])
+        if index // SAMPLES == BATCH:
+            entry["labels"] = torch.full_like(entry["labels"], 7)
+        return entry
+
+
+def batches_of(run, wrap=lambda dataset: dataset):
     from pretrain.data.loader import TrainingBatches, training_dataset
 
     batch, topology = run.recipe.batch, run.topology
     return TrainingBatches(
-        training_dataset(run.prepared, run.recipe),
+        wrap(training_dataset(run.prepared, run.recipe)),
         micro_batch_size=batch.micro_batch_size,
         global_batch_size=batch.global_batch_size,
         data_parallel_rank=topology.data_parallel_rank,
@@ -85,16 +101,18 @@ def same(one, two):
     return all(equal)
 
 
-def skip_and_jump(rank, world_size, recipe, value):
-    """Train past the poisoned batch twice: skipping it, and never having it."""
+def skip_and_jump(rank, world_size, recipe, is_finite):
+    """Train past the bad batch twice: skipping it, and never having it."""
     from pretrain.topology import connect
     from pretrain.training.loop import train_step
     from pretrain.training.setup import build_run
 
-    poisonous(recipe, value)
+    if not is_finite:
+        poisonous(recipe, torch.inf)
     topology = connect(recipe)
     run = build_run(recipe, topology)
-    skipping = [train_step(run, batch) for batch in islice(batches_of(run), recipe.batch.train_steps)]
+    steps = batches_of(run, Broken) if is_finite else batches_of(run)
+    skipping = [train_step(run, batch) for batch in islice(steps, recipe.batch.train_steps)]
     jumping, other = [], build_run(recipe, topology)
     while other.progress.step < recipe.batch.train_steps:
         if other.progress.step == BATCH:
@@ -106,34 +124,35 @@ def skip_and_jump(rank, world_size, recipe, value):
     return spikes, losses, same(state_of(run), state_of(other)), run.progress, other.progress, sum(tokens)
 
 
-SKIP = {"on_nonfinite": "skip"}
 UNTIED = {"tied_embeddings": False}
 
 
 @pytest.mark.parametrize(
-    ("sharding", "precision", "tensor_parallel", "world_size"),
+    ("sharding", "precision", "tensor_parallel", "world_size", "is_finite"),
     [
-        ("zero0", "fp32", 1, 2), ("zero0", "fp32", 2, 4), ("zero0", "bf16", 1, 2), ("zero1", "fp32", 1, 2),
-        ("zero1", "bf16", 2, 4), ("zero2", "fp32", 2, 2), ("zero2", "bf16", 1, 2), ("zero3", "fp32", 1, 2),
-        ("zero3", "bf16", 2, 2), ("zero2_offload", "fp32", 1, 2), ("zero3_offload", "fp32", 1, 2),
+        ("zero0", "fp32", 2, 4, True), ("zero0", "bf16", 1, 2, True), ("zero1", "fp32", 1, 2, True),
+        ("zero1", "bf16", 2, 4, True), ("zero2", "fp32", 2, 2, True), ("zero2", "bf16", 1, 2, True),
+        ("zero3", "fp32", 1, 2, True), ("zero3", "bf16", 2, 2, True), ("zero2_offload", "fp32", 1, 2, True),
+        ("zero3_offload", "fp32", 1, 2, True), ("zero0", "bf16", 1, 2, False), ("zero1", "bf16", 1, 2, False),
+        ("zero2_offload", "fp32", 1, 2, False), ("zero3", "fp32", 1, 2, False),
     ],
 )  # fmt: skip
-def test_a_skipped_batch_leaves_no_trace(prepared_recipe, sharding, precision, tensor_parallel, world_size):
+def test_a_skipped_batch_leaves_no_trace(prepared_recipe, sharding, precision, tensor_parallel, world_size, is_finite):
     """Bit for bit the run that never had it, with gradient accumulation wherever there is room."""
     recipe = change(
         prepared_recipe,
         precision=precision,
         model=UNTIED,
-        spikes=SKIP,
+        spikes={"grad_norm_factor": 1.5, "window_steps": 3} if is_finite else {"on_nonfinite": "skip"},
         parallel={
             "sharding": sharding,
             "tensor_model_parallel_size": tensor_parallel,
             "data_parallel_size": world_size // tensor_parallel,
         },
     )
-    for spikes, losses, equal, progress, jumped, tokens in run_ranks(skip_and_jump, world_size, recipe, torch.inf):
+    for spikes, losses, equal, progress, jumped, tokens in run_ranks(skip_and_jump, world_size, recipe, is_finite):
         assert [spike is not None for spike in spikes] == [False] * 3 + [True] + [False] * 2
-        assert spikes[BATCH].reason == "the loss is nan"
+        assert spikes[BATCH].reason.startswith("the gradient norm is " if is_finite else "the loss is nan")
         assert losses[0] == losses[1] and equal
         assert progress.skipped_samples == ((3 * SAMPLES, 4 * SAMPLES),)
         assert (progress.step, progress.consumed_samples) == (jumped.step, jumped.consumed_samples) == (6, 48)
@@ -239,26 +258,11 @@ def test_a_resumed_run_skips_the_same(prepared_recipe, tmp_path, action, interru
         assert all(torch.equal(one[name], two[name]) for name in one if one[name] is not None)
 
 
-def corrupt_labels(rank, world_size, recipe):
-    """Train on data of which one batch has the same target everywhere, as a broken shard may."""
+def train_broken(rank, world_size, recipe):
     import pretrain.training.loop as loop
     from pretrain.topology import connect
 
     made = loop.training_dataset
-
-    class Broken:
-        def __init__(self, dataset):
-            self._dataset = dataset
-
-        def __len__(self):
-            return len(self._dataset)
-
-        def __getitem__(self, index):
-            entry = dict(self._dataset[index])
-            if index // SAMPLES == BATCH:
-                entry["labels"] = torch.full_like(entry["labels"], 7)
-            return entry
-
     loop.training_dataset = lambda *arguments: Broken(made(*arguments))
     loop.train(recipe, connect(recipe))
 
@@ -268,13 +272,13 @@ def corrupt_labels(rank, world_size, recipe):
 )
 def test_an_outlier_is_skipped(prepared_recipe, tmp_path, sign, name):
     recipe = claimed(prepared_recipe, 2, tmp_path, spikes=sign | {"window_steps": 3})
-    run_ranks(corrupt_labels, 2, recipe)
+    run_ranks(train_broken, 2, recipe)
     records = read_metrics(recipe)
     assert [record["step"] for record in records if "skipped" in record] == [BATCH + 1]
     assert records[BATCH]["skipped"]["reason"].startswith(f"the {name} is ")
     assert records[BATCH]["tokens"] == records[BATCH - 1]["tokens"]
     untouched = claimed(prepared_recipe, 2, tmp_path / "off")
-    run_ranks(corrupt_labels, 2, untouched)
+    run_ranks(train_broken, 2, untouched)
     assert all("loss" in record for record in read_metrics(untouched))
 
 

@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import pytest
 
+from pretrain.__main__ import main
 from pretrain.run_folder import RunFolder
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals
 from tests.distributed import run_ranks
 from tests.small_runs import change, read_metrics, train_on_ranks
 from tests.training.processes import ROOT, end_of, hanging_script, ranks_of, start, wait_until, write_recipe
 
-STEPS = 160
+STEPS = 80
 
 
 def long_recipe(prepared_recipe, tmp_path, **sections):
@@ -35,44 +37,30 @@ def without_speed(records):
     return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "step_seconds")} for record in records]
 
 
-def to_launcher(process, recipe):
-    process.send_signal(signal.SIGTERM)
-
-
-def to_one_rank(process, recipe):
+def to_one_rank(process):
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
 
 
-def ctrl_c(process, recipe):
+def ctrl_c(process):
     """The terminal gives it to the launcher and to every rank; the launcher relays it as well."""
     os.killpg(process.pid, signal.SIGINT)
 
 
-def stop_file(process, recipe):
-    RunFolder(recipe.run_folder).stop_file.touch()
-
-
-def test_stopped_in_every_way_and_resumed_is_undisturbed(prepared_recipe, tmp_path):
-    """One run of real processes, stopped four times; its records are those of a run that never was."""
+def test_stopped_twice_and_resumed_is_undisturbed(prepared_recipe, tmp_path):
+    """Real processes; their records are those of a run that was never stopped."""
     recipe = long_recipe(prepared_recipe, tmp_path)
-    whole = change(recipe, output_root=str(tmp_path / "whole"))
-    expected = without_speed(train_on_ranks(whole, 2))
+    expected = without_speed(train_on_ranks(change(recipe, output_root=str(tmp_path / "whole")), 2))
     path, folder = write_recipe(recipe, tmp_path), RunFolder(recipe.run_folder)
-    for times, stop in enumerate((to_launcher, to_one_rank, ctrl_c, stop_file)):
-        before = len(read_metrics(recipe)) if folder.metrics_file.exists() else 0
+    for stop, begin in ((to_one_rank, 3), (ctrl_c, STEPS // 2)):
         process = start("train", path)
-        wait_until(lambda: folder.metrics_file.exists() and len(read_metrics(recipe)) > before + 3, process)  # noqa: B023
-        stop(process, recipe)
+        wait_until(lambda: folder.metrics_file.exists() and len(read_metrics(recipe)) > begin, process)  # noqa: B023
+        stop(process)
         code, text = end_of(process)
         assert code == EXIT_STOPPED == 75, text
         steps = len(read_metrics(recipe))
-        assert before + 3 < steps < STEPS
+        assert begin < steps < STEPS
         assert f"step {steps:,} saved in {folder.checkpoints}; stopped as asked, the same command goes on" in text
-        latest = (folder.checkpoints / "latest").read_text().strip()
-        assert latest == f"step_{steps:08d}", times
-    code, text = end_of(start("train", path))
-    assert code == 2 and f"{folder.stop_file} asks this run to stop: delete it to go on" in text
-    folder.stop_file.unlink()
+        assert (folder.checkpoints / "latest").read_text() == f"step_{steps:08d}\n"
     code, text = end_of(start("train", path))
     assert code == 0, text
     assert without_speed(read_metrics(recipe)) == expected
@@ -108,66 +96,70 @@ def test_a_second_signal_leaves_at_once(prepared_recipe, tmp_path):
 
 
 def interrupted(rank, world_size, recipe, what):
-    """Rank 1 gets a signal while all save, or evaluate, after step 2."""
+    """Rank 1 gets a signal while all save, or evaluate; or somebody makes the file in that step."""
     import pretrain.training.loop as loop
     from pretrain.topology import connect
 
-    real = getattr(loop, what)
+    name = "train_step" if what == "file" else what
+    real = getattr(loop, name)
 
-    def with_signal(*arguments, **options):
-        if rank == 1:
+    def with_stop(*arguments, **options):
+        if rank == 1 and what == "file":
+            RunFolder(recipe.run_folder).stop_file.touch()
+        elif rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
         return real(*arguments, **options)
 
-    setattr(loop, what, with_signal)
+    setattr(loop, name, with_stop)
     with StopSignals() as signals:
         return loop.train(recipe, connect(recipe), None, signals).step
 
 
-@pytest.mark.parametrize("what", ["save", "measure_perplexity"])
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_stopped_while_it_saves_or_evaluates(prepared_recipe, tmp_path, what, tensor_parallel):
+@pytest.mark.parametrize("what", ["save", "measure_perplexity", "file"])
+def test_stopped_while_it_saves_or_evaluates_or_by_a_file(prepared_recipe, tmp_path, what, capsys):
     recipe = change(
         prepared_recipe,
         output_root=str(tmp_path),
         checkpoint={"every_steps": 2},
         reporting={"validate_every_steps": 2},
-        parallel={"data_parallel_size": 2 // tensor_parallel, "tensor_model_parallel_size": tensor_parallel},
+        parallel={"data_parallel_size": 2},
     )
-    RunFolder(recipe.run_folder).claim(recipe, "")
-    assert run_ranks(interrupted, 2, recipe, what) == [2, 2]
     folder = RunFolder(recipe.run_folder)
+    folder.claim(recipe, "")
+    assert run_ranks(interrupted, 2, recipe, what) == [2, 2]
     assert [path.name for path in folder.checkpoints.glob("step_*")] == ["step_00000002"]
     assert [record["step"] for record in read_metrics(recipe)] == [1, 2]
+    if what == "file":
+        assert main(["train", write_recipe(recipe, tmp_path)]) == 2
+        assert f"{folder.stop_file} asks this run to stop: delete it to go on" in capsys.readouterr().err
 
 
-def one_asks(rank, world_size, recipe, asking):
+def each_asks_once(rank, world_size, recipe):
     from pretrain.data.loader import TrainingBatches, training_dataset
     from pretrain.topology import connect
     from pretrain.training.loop import train_step
     from pretrain.training.setup import build_run
 
     run = build_run(recipe, connect(recipe))
-    topology = run.topology
     batches = TrainingBatches(
         training_dataset(run.prepared, recipe),
         micro_batch_size=2,
         global_batch_size=8,
-        data_parallel_rank=topology.data_parallel_rank,
-        data_parallel_size=topology.data_parallel_size,
+        data_parallel_rank=run.topology.data_parallel_rank,
+        data_parallel_size=run.topology.data_parallel_size,
     )
-    return [
-        train_step(run, batch, step == 1 and rank == asking).stop
-        for step, batch in zip(range(3), batches, strict=False)
-    ]
+    return [train_step(run, batch, step == rank).stop for step, batch in enumerate(islice(batches, world_size + 1))]
 
 
-@pytest.mark.parametrize("asking", range(4))
-def test_any_rank_stops_all(prepared_recipe, asking):
+@pytest.mark.parametrize(("tensor_parallel", "world_size"), [(1, 2), (2, 4)])
+def test_any_rank_stops_all(prepared_recipe, tensor_parallel, world_size):
     """Also one that is not in the data-parallel group of the others."""
-    recipe = change(prepared_recipe, parallel={"data_parallel_size": 2, "tensor_model_parallel_size": 2})
-    assert run_ranks(one_asks, 4, recipe, asking) == [[False, True, False]] * 4
+    recipe = change(
+        prepared_recipe,
+        parallel={"data_parallel_size": 2, "tensor_model_parallel_size": tensor_parallel},
+    )
+    assert run_ranks(each_asks_once, world_size, recipe) == [[True] * world_size + [False]] * world_size
 
 
 LAUNCH = """

@@ -81,6 +81,7 @@ def export_huggingface(
                 writer.add(name, torch.empty(tensor.shape, dtype=dtype).copy_(tensor))
         files = writer.finish()
         for path in temporary.iterdir():
+            shutil.copymode(temporary / "config.json", path)  # safetensors lets nobody else read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.rename(output)

@@ -1,0 +1,132 @@
+"""``pretrain checkpoint list | verify``, and going back with ``train --resume-from`` and ``--from-scratch``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.__main__ import main
+from pretrain.checkpointing.folder import checkpoints_in
+from pretrain.recipe_io import recipe_to_dict
+from pretrain.run_folder import RunFolder
+from tests.faults.harness import flip_bit
+from tests.small_runs import change, read_metrics, train_on_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(prepared_recipe, tmp_path_factory):
+    """Six steps on one rank, a checkpoint every two."""
+    recipe = change(
+        prepared_recipe,
+        output_root=str(tmp_path_factory.mktemp("commands")),
+        checkpoint={"every_steps": 2, "keep_last": 9},
+        reporting={"geometry_every_steps": 0, "validate_every_steps": 0},
+        parallel={"data_parallel_size": 1},
+    )
+    train_on_ranks(recipe, 1)
+    return recipe
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    shutil.copytree(run.run_folder, tmp_path / run.name)
+    return change(run, output_root=str(tmp_path))
+
+
+def called(capfd, *arguments, code=0):
+    capfd.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    return capfd.readouterr().out
+
+
+def test_list(copy, capfd):
+    checkpoints = RunFolder(copy.run_folder).checkpoints
+    flip_bit(checkpoints / "step_00000004" / "rank_00000.pt", 999)
+    (checkpoints / "step_00000006" / "MANIFEST.json").unlink()
+    (checkpoints / "tmp_step_00000008_ab").mkdir()
+    (checkpoints / "latest").write_text("x")
+    lines = called(capfd, "checkpoint", "list", copy.run_folder).splitlines()
+    assert lines[0].split() == ["step", "tokens", "layout", "size", "age", "state"]
+    assert lines[1].split()[:2] == ["2", "512"] and "tensor-parallel 1 x data-parallel 1, ZeRO 1, fp32" in lines[1]
+    assert lines[1].endswith(" s  valid") and " kB " in lines[1]
+    assert lines[2].endswith("damaged: rank_00000.pt has another SHA-256 than the manifest says")
+    assert lines[3].split()[:3] == ["6", "?", "?"] and lines[3].endswith("damaged: MANIFEST.json is missing")
+    assert "tmp_step_00000008_ab is unfinished" in lines[4] and "latest names 'x'" in lines[5]
+    assert "sizes are right" in called(capfd, "checkpoint", "list", "--no-hash", copy.run_folder).splitlines()[2]
+    rows = json.loads(called(capfd, "checkpoint", "list", "--json", copy.run_folder))
+    assert [(row["step"], row["valid"]) for row in rows] == [(2, True), (4, False), (6, False)]
+    assert rows[0]["tokens"] == 512 and rows[0]["layout"]["zero_stage"] == 1
+
+
+def test_verify(copy, capfd):
+    checkpoints = RunFolder(copy.run_folder).checkpoints
+    out = called(capfd, "checkpoint", "verify", copy.run_folder)
+    assert [line.split(":")[0] for line in out.splitlines()] == [f"step_0000000{step}" for step in (2, 4, 6)]
+    assert out.count("all valid") == 3
+    for name in ("rank_00000.pt", "mp_rank_00_model_states.pt"):
+        flip_bit(checkpoints / "step_00000004" / name, 999)
+    out = called(capfd, "checkpoint", "verify", copy.run_folder, code=2)
+    for name in ("rank_00000.pt", "mp_rank_00_model_states.pt"):
+        assert f"step_00000004: {name} has another SHA-256 than the manifest says" in out
+    called(capfd, "checkpoint", "verify", copy.run_folder, "--step", 6)
+    called(capfd, "checkpoint", "verify", copy.run_folder, "--step", 4, code=2)
+
+
+def test_what_is_not_there(copy, capfd, tmp_path):
+    for arguments, part in (
+        (["verify", copy.run_folder, "--step", "5"], "has no checkpoint of step 5; there are: 2, 4, 6"),
+        (["verify", tmp_path], "is not a run"),
+        (["list", tmp_path / "none"], "is not a run"),
+    ):
+        assert main(["checkpoint", *map(str, arguments)]) == 2
+        assert part in capfd.readouterr().err
+    shutil.rmtree(RunFolder(copy.run_folder).checkpoints)
+    assert main(["checkpoint", "verify", str(copy.run_folder)]) == 2
+    assert "has no checkpoint yet" in capfd.readouterr().err
+
+
+def test_no_torch(copy):
+    code = "import sys; from pretrain.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, "checkpoint", "list", str(copy.run_folder)], cwd=ROOT, check=True)
+
+
+def test_evaluation_of_a_damaged_checkpoint_is_refused(copy, capfd):
+    checkpoint = RunFolder(copy.run_folder).checkpoints / "step_00000006"
+    flip_bit(checkpoint / "rank_00000.pt", 999)
+    assert main(["evaluate", str(copy.run_folder)]) == 2
+    assert "step_00000006 is damaged: rank_00000.pt has another SHA-256" in capfd.readouterr().err
+    (checkpoint / "rank_00000.pt").unlink()
+    assert main(["evaluate", str(copy.run_folder)]) == 2
+    assert "rank_00000.pt is missing. The newest whole one is of step 4" in capfd.readouterr().err
+
+
+def test_going_back(run, copy, capfd, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")
+    folder = RunFolder(copy.run_folder)
+    out = called(capfd, "train", path, "--resume-from", 2)
+    (aside,) = (folder.path / "aside").iterdir()
+    assert f"what was there is kept in {aside}" in out and "goes on from step 2 (512 tokens)" in out
+    assert [entry.name for entry in checkpoints_in(aside / "checkpoints")] == ["step_00000006", "step_00000004"]
+    assert [record["loss"] for record in read_metrics(copy)] == [record["loss"] for record in read_metrics(run)]
+    assert "trained already" in called(capfd, "train", path)
+
+    shutil.rmtree(folder.path / "aside")
+    out = called(capfd, "train", path, "optimizer.learning_rate=0.001", "--from-scratch")
+    (aside,) = (folder.path / "aside").iterdir()
+    assert "goes on" not in out and len(read_metrics(copy)) == 6
+    assert read_metrics(copy)[-1]["loss"] != read_metrics(run)[-1]["loss"]
+    kept = RunFolder(aside)
+    assert kept.saved_recipe().optimizer.learning_rate == 3e-3 and len(checkpoints_in(kept.checkpoints)) == 3
+
+    flip_bit(folder.checkpoints / "step_00000002" / "rank_00000.pt", 5)
+    assert main(["train", str(path), "optimizer.learning_rate=0.001", "--resume-from", "2"]) == 2
+    assert "step_00000002 is damaged" in capfd.readouterr().err and len(checkpoints_in(folder.checkpoints)) == 3
