@@ -60,12 +60,12 @@ def test_a_killed_holder_does_not_block(tmp_path):
 
 
 def test_ranks_of_a_killed_launcher_are_waited_for(tmp_path):
-    process = hold(tmp_path, rank_seconds=2)
+    begin = time.monotonic()
+    process = hold(tmp_path, rank_seconds=3)
     process.kill()
     process.wait()
-    begin = time.monotonic()
     with run_lock(tmp_path):
-        assert 1 < time.monotonic() - begin < 30
+        assert time.monotonic() - begin > 3
 
 
 @pytest.mark.parametrize("alive", [True, False])

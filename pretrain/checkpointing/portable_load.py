@@ -21,8 +21,8 @@ ADAM_STATES: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 def load_portable(engine: deepspeed.DeepSpeedEngine, portable: PortableCheckpoint, topology: Topology) -> None:
     """Set weights, Adam's state and step counts exactly as they were saved; a collective.
 
-    A tensor at a time: besides the engine no rank holds more than one parameter in memory. Under ZeRO 1 and 2 a rank
-    reads the parameters that it updates, under ZeRO 0 and 3 it reads all.
+    A tensor at a time: beside the engine a rank holds no more than copies of one parameter. Under ZeRO 1 and 2 it
+    reads the parameters that it updates, under ZeRO 0 and 3 all of them.
 
     Raises:
         UserError: the checkpoint is of another model, or the engine's optimizer is not one that is known here.

@@ -96,11 +96,11 @@ def test_a_second_signal_leaves_at_once(prepared_recipe, tmp_path):
 
 
 def interrupted(rank, world_size, recipe, what):
-    """Rank 1 gets a signal while all save, or evaluate; or somebody makes the file in that step."""
+    """Rank 1 gets a signal while all save, or evaluate; or somebody makes the file while they save."""
     import pretrain.training.loop as loop
     from pretrain.topology import connect
 
-    name = "train_step" if what == "file" else what
+    name = "save" if what == "file" else what
     real = getattr(loop, name)
 
     def with_stop(*arguments, **options):
