@@ -16,6 +16,7 @@ from tests.small_runs import change, read_metrics, train_on_ranks
 FILES = (
     "MANIFEST.json",
     "mp_rank_00_model_states.pt",
+    "parameters.json",
     "rank_00000.pt",
     "rank_00001.pt",
     "zero_pp_rank_0_mp_rank_00_optim_states.pt",

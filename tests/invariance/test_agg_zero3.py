@@ -40,6 +40,7 @@ def inputs(problem, rank: int, world_size: int):
 def partitioned(rank: int, world_size: int):
     problem = make_problem(tokens=96)
     deepspeed.ops.__compatible_ops__ = {}  # no compiler is needed
+    deepspeed.utils.groups.mpu = None  # of an engine that this process built before
     model = Model(problem, dist.group.WORLD)
     config = {
         "train_micro_batch_size_per_gpu": 1,
