@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when training had to stop; 2 when the input cannot be used; 75 when training was asked to stop and saved
         (:mod:`pretrain.training.stopping`). A rank that hangs ends with 70 (:mod:`pretrain.training.watchdog`).
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         module, function = options.run.split(":")  # imported now: most verbs need torch
         return int(getattr(importlib.import_module(module), function)(options) or 0)
@@ -39,6 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse does not look for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.__main__ import _parse
 from pretrain.errors import RecipeError, UserError
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
@@ -119,3 +120,12 @@ def test_a_key_given_twice_is_refused(tmp_path):
     path.write_text("name: x\ndata: {folder: d}\nbatch: {train_steps: 3}\nbatch: {micro_batch_size: 2}\n")
     with pytest.raises(UserError, match="key 'batch' is given twice"):
         load_recipe(str(path))
+
+
+def test_overrides_may_stand_behind_options(capsys):
+    options = _parse(["train", "quickstart_agg", "name=a", "--stop-at-step", "3", "batch.train_steps=9"])
+    assert options.overrides == ["name=a", "batch.train_steps=9"] and options.stop_at_step == 3
+    for words in (["train", "quickstart_agg", "--stop-at-step", "3", "--no-such"], ["report", "runs/a", "--bad"]):
+        with pytest.raises(SystemExit) as stopped:
+            _parse(words)
+        assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
