@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.errors import RecipeError, UserError
-from pretrain.recipe import Recipe, batch_problems
+from pretrain.recipe import Recipe
+from pretrain.recipe_checks import batch_problems
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
