@@ -13,6 +13,7 @@ def problems_of(recipe: Recipe) -> list[str]:
     """A line for each; empty if the recipe can be run."""
     return [
         *_range_problems(recipe),
+        *_name_problems(recipe),
         *_corpus_problems(recipe.data.corpus),
         *_objective_problems(recipe.objective),
         *_model_problems(recipe),
@@ -97,9 +98,14 @@ def _range_problems(recipe: Recipe) -> list[str]:
         f"{key} is {value}, must be above 0" for key, value in positive.items() if value is not None and not value > 0
     ]
     problems += [f"{key} is {value}, must be finite" for key, value in numbers.items() if value == math.inf]
+    problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
+    return problems
+
+
+def _name_problems(recipe: Recipe) -> list[str]:
+    problems = []
     if not 0 <= recipe.seed < 2**32:
         problems.append(f"seed is {recipe.seed}, must be at least 0 and below 2**32")
-    problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
     if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
         problems.append(f"name is {recipe.name!r}, must be a plain folder name: the run is written to output_root/name")
     if not recipe.data.folder:

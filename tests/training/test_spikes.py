@@ -10,11 +10,9 @@ from itertools import islice
 import pytest
 import torch
 
-from pretrain.checkpointing.checkpoint import Progress, load_checkpoint
-from pretrain.errors import NonFiniteError, RecipeError, SpikeError
-from pretrain.recipe import SpikesRecipe
+from pretrain.checkpointing.checkpoint import load_checkpoint
+from pretrain.errors import NonFiniteError, SpikeError
 from pretrain.run_folder import RunFolder
-from pretrain.training.spikes import after_skipping, after_training, find_spike, pass_over
 from tests.distributed import run_ranks
 from tests.small_runs import change, read_metrics
 
@@ -310,53 +308,3 @@ def test_where_it_does_not_help_training_stops(prepared_recipe, tmp_path, spikes
     outcomes = run_ranks(train_diverging, 2, recipe)
     assert outcomes[0] == outcomes[1] and outcomes[0][0] is NonFiniteError
     assert message in outcomes[0][1]
-
-
-def test_find_spike():
-    spikes = SpikesRecipe(loss_factor=2.0, grad_norm_factor=3.0, window_steps=3, on_nonfinite="rollback")
-    progress = Progress(0, 0, 0)
-    for point in ((9.0, 9.0), (2.0, 1.0), (1.0, 0.5), (2.0, 1.0)):
-        assert find_spike(spikes, progress, 100.0, 100.0) is None or len(progress.recent) == 3
-        progress = after_training(spikes, progress, 8, 256, point)
-    assert progress == Progress(4, 32, 1024, recent=((2.0, 1.0), (1.0, 0.5), (2.0, 1.0)))
-    assert find_spike(spikes, progress, 4.0, 3.0) is None
-    assert find_spike(spikes, progress, 4.1, 3.0).reason == "the loss is 4.1, 2.0 x the median of 3 steps"
-    assert find_spike(spikes, progress, 4.0, 3.1).reason == "the gradient norm is 3.1, 3.1 x the median of 3 steps"
-    assert find_spike(spikes, progress, 4.0, 3.1).action == "skip"
-    for loss, norm in ((float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("inf"))):
-        assert find_spike(spikes, progress, loss, norm).action == "rollback"
-    assert after_training(SpikesRecipe(), progress, 8, 256, (1.0, 1.0)).recent == ()
-
-
-def test_skipped_ranges_merge():
-    progress = after_skipping(after_skipping(Progress(0, 0, 0), 1, 8), 1, 8)
-    progress = after_training(SpikesRecipe(), progress, 8, 256, (1.0, 1.0))
-    progress = after_skipping(progress, 2, 16)
-    assert progress == Progress(5, 40, 256, skipped_samples=((0, 16), (24, 40)))
-
-
-def test_in_a_row_counts_skips_without_a_trained_step_between():
-    spikes, progress = SpikesRecipe(on_nonfinite="skip", max_in_a_row=2), Progress(0, 0, 0)
-    spike = find_spike(spikes, progress, float("nan"), 1.0)
-    for _ in range(2):
-        progress = pass_over(spikes, progress, spike, 8)
-    progress = after_training(spikes, progress, 8, 256, (1.0, 1.0))
-    for _ in range(2):
-        progress = pass_over(spikes, progress, spike, 8)
-    with pytest.raises(NonFiniteError, match="step 6: the loss is nan, after 2 skipped steps in a row"):
-        pass_over(spikes, progress, spike, 8)
-
-
-@pytest.mark.parametrize(
-    ("spikes", "message"),
-    [
-        ({"loss_factor": 0.5}, "spikes.loss_factor is 0.5, must be 0 (off) or above 1"),
-        ({"grad_norm_factor": float("inf")}, "spikes.grad_norm_factor is inf"),
-        ({"window_steps": 0}, "spikes.window_steps is 0, must be at least 1"),
-        ({"max_in_a_row": 0}, "spikes.max_in_a_row is 0, must be at least 1"),
-    ],
-)
-def test_impossible_settings_are_refused(prepared_recipe, spikes, message):
-    with pytest.raises(RecipeError) as caught:
-        change(prepared_recipe, spikes=spikes).check()
-    assert message in str(caught.value)
