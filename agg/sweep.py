@@ -69,6 +69,7 @@ class Sweep:
         self.losses = torch.zeros(hidden.shape[0], dtype=self.sum_dtype, device=hidden.device)
         self.hidden_grad: torch.Tensor | None = None
         self.weight_grad: torch.Tensor | None = None
+        self._valid = job.valid()
         self._rows, self._here = job.shard.to_local(job.target)
         self._is_rare = job.target_is_rare()
         self._own_p = torch.zeros_like(self.losses)  # P at each position's target; 0 where held elsewhere
@@ -97,9 +98,8 @@ class Sweep:
 
     def _order(self) -> torch.Tensor:
         """int64: indices of the positions in the order of their classes; without the ignored if that costs no wait."""
-        valid = self.job.valid()
-        order = torch.where(self._is_rare, 0, torch.where(valid, 1, 2)).argsort(stable=True)
-        return order[: int(valid.sum())] if kernels.values_are_at_hand(valid) else order
+        order = torch.where(self._is_rare, 0, torch.where(self._valid, 1, 2)).argsort(stable=True)
+        return order[: int(self._valid.sum())] if kernels.values_are_at_hand(order) else order
 
     def _chunk(self, chunk: torch.Tensor, first: int, rare_count: torch.Tensor) -> None:
         """Losses of the positions ``chunk`` [C], and their share of P in the gradients."""
@@ -114,7 +114,7 @@ class Sweep:
         if self._row_sum_all is not None:
             mean_logit = hidden.to(self.sum_dtype) @ self._row_sum_all / self.job.shard.vocab_size
             losses = (1 - eps) * losses + eps * (log_norm - mean_logit)
-        self.losses[chunk] = torch.where(self.job.valid()[chunk], losses, 0)
+        self.losses[chunk] = torch.where(self._valid[chunk], losses, 0)
         if self.row_scale is None or len(self.real) == 0:
             return
         scale = self.row_scale[chunk]

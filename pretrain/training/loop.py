@@ -41,7 +41,7 @@ def train(
 ) -> Progress:
     """Train to the end of the recipe, to ``stop_at_step``, or until all ranks are asked to stop; then save.
 
-    Goes on from the latest checkpoint if there is one. The run folder must have been claimed
+    Goes on from the newest checkpoint that verifies, if there are any. The run folder must have been claimed
     (:meth:`RunFolder.claim`).
 
     Raises:
