@@ -188,8 +188,8 @@ def test_disk(recipe, checkpoints, free, fits):
         return
     needed = "686.1 kB" if checkpoints else "1.4 MB"
     assert refused(recipe, 2, LONE, small_disk).startswith(
-        f"{recipe.run_folder} has {'617.5 kB' if checkpoints else '1.3 MB'} free on its disk, but a checkpoint takes about "
-        f"686.1 kB and {needed} are needed: "
+        f"{recipe.run_folder} has {'617.5 kB' if checkpoints else '1.3 MB'} free on its disk, but a checkpoint takes "
+        f"about 686.1 kB and {needed} are needed: "
     )
 
 
