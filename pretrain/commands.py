@@ -29,6 +29,7 @@ from pretrain.run_lock import run_lock
 from pretrain.topology import (
     Topology,
     check_devices,
+    check_plain_start,
     choose_device,
     connect,
     data_parallel_size_of,
@@ -53,6 +54,7 @@ def train(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     folder, place = RunFolder(recipe.run_folder), place_from_environment()
+    check_plain_start(place, recipe.local_world_size)
     is_first = place is None or place.rank == 0
     choose_device(recipe)
     quiet_third_party()

@@ -29,6 +29,12 @@ class RecipeError(UserError):
         super().__init__(f"{where} has {count}:\n{lines}")
 
 
+class PreflightError(UserError):
+    """Nodes that cannot train together: found before the first step."""
+
+    on_all_ranks = True
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be saved or loaded."""
 

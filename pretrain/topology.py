@@ -5,19 +5,22 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from pretrain.errors import RecipeError, UserError
+from pretrain.cluster.meeting import Meeting, Whereabouts
+from pretrain.errors import PreflightError, RecipeError, UserError
 from pretrain.recipe import Recipe
 from pretrain.recipe_checks import batch_problems
 
 TIMEOUT = datetime.timedelta(minutes=30)
+LEAST_ARRIVAL_SECONDS = 60.0  # imports from a busy disk take as long
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,42 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
             continue  # a shell or a single task, which may start ranks of its own
         return Place(rank, world_size, local_rank)
     return None
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine as SLURM calls it, or as it calls itself."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def asked_world_size(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many ranks launch.sh, or somebody who sets the variable, wants; None if nobody says."""
+    return _number(environment, "PRETRAIN_WORLD_SIZE")
+
+
+def asked_nodes(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many nodes SLURM gave to this job; None outside a job."""
+    return _number(environment, "SLURM_JOB_NUM_NODES")
+
+
+def check_plain_start(place: Place | None, local_world_size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """
+    Raises:
+        UserError: no launcher started this process, and its ranks would not be what the job is for.
+    """
+    asked, nodes = asked_world_size(environment), asked_nodes(environment) or 1
+    if place is not None or local_world_size == asked:
+        return
+    start = "start it on all nodes with: bash slurm/launch.sh train RECIPE"
+    if asked is not None:
+        raise UserError(
+            f"PRETRAIN_WORLD_SIZE asks for {asked} ranks, but no launcher started this train, and it would start "
+            f"{local_world_size} on {node_name(environment)} alone: {start}, or unset PRETRAIN_WORLD_SIZE"
+        )
+    if nodes > 1:
+        raise UserError(
+            f"this SLURM job has {nodes} nodes, but no launcher started this train, and it would use only "
+            f"{node_name(environment)}: {start}. If one node is meant: PRETRAIN_WORLD_SIZE={local_world_size}"
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +183,7 @@ def connect(recipe: Recipe) -> Topology:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _initialize(place, "nccl" if on_gpu else "gloo", timeout)
+        _initialize(place, "nccl" if on_gpu else "gloo", timeout, arrival_seconds(recipe))
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=recipe.parallel.tensor_model_parallel_size,
@@ -174,68 +213,83 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _initialize(place: Place, backend: str, timeout: datetime.timedelta) -> None:
-    if "MASTER_ADDR" not in os.environ and place.world_size > 1 and "SLURM_STEP_NODELIST" in os.environ:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_rendezvous()
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
-        return
+def arrival_seconds(recipe: Recipe) -> float:
+    """How long ranks wait for each other at the start: as long as for a step that hangs, but not less than a minute."""
+    return max(LEAST_ARRIVAL_SECONDS, 60 * recipe.hang_timeout_minutes or TIMEOUT.total_seconds())
+
+
+def meeting_at(store: Store | None, place: Place | Topology, seconds: float) -> Meeting:
+    """A seat of this rank where all ranks meet."""
+    first = place.rank - place.local_rank
+    local_world_size = _number(os.environ, "LOCAL_WORLD_SIZE") or place.local_rank + 1
+    whereabouts = Whereabouts(node_name(), first, first + local_world_size)
+    return Meeting(store, place.rank, place.world_size, whereabouts, seconds, _nodes_of_job)
+
+
+def _initialize(place: Place, backend: str, timeout: datetime.timedelta, arrival_seconds: float) -> None:
+    store: Store = HashStore()
     if place.world_size > 1:
+        store = _connect_to_store(place, arrival_seconds)
+        meeting_at(store, place, arrival_seconds).agree("the start", None, lambda reports: None)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+
+
+def _connect_to_store(place: Place, seconds: float) -> Store:
+    """torchrun's store, or one that rank 0 opens, as init_process_group would; but ranks that are missing do not hold
+    it up: they are to be named."""
+    if "MASTER_ADDR" not in os.environ and "SLURM_STEP_NODELIST" in os.environ:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _slurm_rendezvous()
+    address, port = os.environ.get("MASTER_ADDR"), _number(os.environ, "MASTER_PORT")
+    if address is None or port is None:
         raise UserError(
             f"{place.world_size} ranks were started, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
             "start them with torchrun or slurm/launch.sh"
         )
-    dist.init_process_group(
-        backend,
-        store=dist.HashStore(),  # type: ignore[attr-defined]
-        rank=0,
-        world_size=1,
-        timeout=timeout,
-    )
+    opens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return TCPStore(
+            address,
+            port,
+            place.world_size,
+            opens,
+            datetime.timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        doing = "open the store" if opens else "reach rank 0"
+        raise PreflightError(
+            f"rank {place.rank} on {node_name()} cannot {doing} at {address}:{port} within {seconds:.0f} s "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _slurm_rendezvous() -> tuple[str, str]:
     """The first node of this srun, where rank 0 is, and a port that other jobs on it are unlikely to use."""
-    command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-    try:
-        first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError(f"srun started this rank, but {' '.join(command)} does not name its nodes: {error}") from error
+    first = _node_names(os.environ["SLURM_STEP_NODELIST"])[0]
     return first, str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000)
 
 
-class DeepSpeedGroups:
-    """The ``mpu`` that DeepSpeed asks: megatron-core's groups under the names it uses.
+def _nodes_of_job() -> list[str]:
+    """All nodes of this job; none outside one."""
+    try:
+        return _node_names(os.environ["SLURM_JOB_NODELIST"])
+    except (KeyError, UserError):
+        return []
 
-    DeepSpeed calls the tensor-parallel ranks of one replica "model parallel".
-    """
 
-    _RENAMED: ClassVar = {
-        "get_model_parallel_rank": "get_tensor_model_parallel_rank",
-        "get_model_parallel_world_size": "get_tensor_model_parallel_world_size",
-        "get_model_parallel_group": "get_tensor_model_parallel_group",
-        "get_model_parallel_src_rank": "get_tensor_model_parallel_src_rank",
-    }
-    _SAME = (
-        "get_data_parallel_rank",
-        "get_data_parallel_world_size",
-        "get_data_parallel_group",
-        "get_tensor_model_parallel_rank",
-        "get_tensor_model_parallel_world_size",
-        "get_tensor_model_parallel_group",
-        "get_tensor_model_parallel_src_rank",
-        "get_pipeline_model_parallel_rank",
-        "get_pipeline_model_parallel_world_size",
-        "get_pipeline_model_parallel_group",
-    )
+def _node_names(node_list: str) -> list[str]:
+    command = ["scontrol", "show", "hostnames", node_list]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return [names[0], *names[1:]]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"srun started this rank, but {' '.join(command)} does not name its nodes: {error}") from error
 
-    def __init__(self) -> None:
-        from megatron.core import parallel_state
 
-        for name in self._SAME:
-            setattr(self, name, getattr(parallel_state, name))
-        for name, original in self._RENAMED.items():
-            setattr(self, name, getattr(parallel_state, original))
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"DeepSpeed asks for {name}, which this layout does not have")
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    try:
+        return None if text is None else int(text)
+    except ValueError as error:
+        raise UserError(f"{name} is {text!r}, must be a whole number") from error

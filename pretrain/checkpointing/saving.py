@@ -12,8 +12,6 @@ optimizer step, is silent when its process has died, and needs its compiled AIO 
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import secrets
 import shutil
 import time
@@ -23,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 
-from pretrain import __version__
 from pretrain.checkpointing.checkpoint import Progress, layout_of, random_state
 from pretrain.checkpointing.files import CheckpointFiles
 from pretrain.checkpointing.folder import UNFINISHED, checkpoint_name, delete_old, rank_file, remove, write_manifest
@@ -38,6 +34,7 @@ from pretrain.errors import CheckpointError
 from pretrain.files import file_sha256, sync_folder, write_text
 from pretrain.recipe import CheckpointRecipe
 from pretrain.topology import TIMEOUT, Topology
+from pretrain.versions import versions
 
 VISIBLE_SECONDS = 60.0  # network file systems may show another node's file that much later
 
@@ -98,7 +95,7 @@ class CheckpointSaver:
             "saved_at": time.time(),  # seconds since 1970
             "layout": layout_of(self._engine, self._topology),
             "identity": identity,
-            "versions": _versions(),
+            "versions": versions(),
         }
         splits = parameter_splits(self._engine.module, self._topology.tensor_parallel_size)
         pending = _Save(temporary, folder / checkpoint_name(progress.step), manifest, splits, begin)
@@ -213,13 +210,3 @@ def _failed(name: str, error: str) -> CheckpointError:
         f"cannot save the checkpoint {name}: {error}. Checkpoints saved before are good: give the same command again "
         "when that is put right"
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "pretrain": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "megatron-core": importlib.metadata.version("megatron-core"),
-    }

@@ -65,6 +65,13 @@ def training_flops_per_token(model: ModelRecipe, vocab_size: int) -> float:
     return 6.0 * multiplied + 12.0 * model.num_layers * model.hidden_size * model.sequence_length
 
 
+def checkpoint_bytes(model: ModelRecipe, vocab_size: int, precision: str) -> int:
+    """One checkpoint, all ranks' files together: the weights as they compute, and fp32 weights and both moments of
+    Adam. ZeRO 0 and 3 write a copy less; token counts and random states come on top."""
+    weights = 4 if precision == "fp32" else 2
+    return (weights + 12) * model_size(model, vocab_size).total
+
+
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of the device in FLOP/s; None where it is not known."""
     return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)

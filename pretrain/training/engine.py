@@ -18,8 +18,9 @@ from megatron.core import parallel_state
 from pretrain.errors import NonFiniteError
 from pretrain.model.gpt import CausalLanguageModel
 from pretrain.recipe import OptimizerRecipe
-from pretrain.topology import DeepSpeedGroups, Topology
+from pretrain.topology import Topology
 from pretrain.training.deepspeed_config import zero_stage
+from pretrain.training.deepspeed_groups import DeepSpeedGroups
 from pretrain.training.spikes import Spike
 
 Judge = Callable[[float], Spike | None]

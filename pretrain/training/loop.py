@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pretrain.checkpointing.checkpoint import Progress, resume
 from pretrain.checkpointing.folder import checkpoints_in, remove_unfinished
 from pretrain.cluster.incarnation import watch_fence
+from pretrain.cluster.preflight import preflight
 from pretrain.console import bar, say
 from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
 from pretrain.evaluation.geometry import measure_geometry
@@ -56,6 +57,7 @@ def train(
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(60 * recipe.hang_timeout_minutes, topology.rank, stacks))
         watchdog.expect("the start", PATIENCE)
+        preflight(recipe, topology, folder)
         run = build_run(recipe, topology, init=not checkpoints_in(folder.checkpoints))
         run.allows_changes = allow_changes
         stack.callback(run.saver.wait)
