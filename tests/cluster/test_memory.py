@@ -160,9 +160,7 @@ def test_more_of_it_needs_more(prepared_recipe):
 
 def test_window_of_counts_is_in_host_memory(prepared_recipe):
     def host(world_size, window_steps, epoch=None):
-        recipe = change(
-            prepared_recipe, objective={"window_steps": window_steps}, batch={"train_steps": 1000}
-        )
+        recipe = change(prepared_recipe, objective={"window_steps": window_steps}, batch={"train_steps": 1000})
         return memory_per_rank(recipe, world_size, 500, epoch).host
 
     step = 8 * 256  # at most so many ids, of 8 sequences of 32
