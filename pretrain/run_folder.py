@@ -37,13 +37,13 @@ class RunFolder:
         self.deepspeed_file = path / "deepspeed.json"
         self.metrics_file = path / "metrics.jsonl"
         self.changes_file = path / "changes.jsonl"
-        self.job_script = path / "job.sbatch"
-        self.jobs_file = path / "jobs.jsonl"
         self.checkpoints = path / "checkpoints"
         self.evaluation_file = path / "evaluation.json"
         self.evaluation_arrays = path / "evaluation.npz"
         self.logs = path / "logs"
         self.stacks = path / "stacks"
+        self.jobs_file = path / "jobs.jsonl"
+        self.job_script = path / "job.sbatch"
         self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:

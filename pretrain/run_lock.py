@@ -42,11 +42,11 @@ def run_lock(folder: Path, *, succeeds: bool = False) -> Iterator[int]:
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(descriptor, done), daemon=True)
     try:
-        holder = holder_of(path.parent)
+        holder = holder_of(folder)
         beats = holder and holder["host"] != socket.gethostname() and not succeeds and _beats(path)
         if not _locked(descriptor, path, succeeds) or beats:
             raise UserError(
-                f"another process is training in {folder}: {_describe(holder_of(path.parent))}. Wait until it ends, or give "
+                f"another process is training in {folder}: {_describe(holder_of(folder))}. Wait until it ends, or give "
                 "this run another name=..."
             )
         os.ftruncate(descriptor, 0)
