@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest")
 
     _add_checkpoint_verbs(verbs)
+    _add_cluster_verbs(verbs)
 
     added = verb("report", "pretrain.commands:report", "Figures and one HTML page of runs that were evaluated.")
     added.add_argument("folders", nargs="+", metavar="RUN", type=Path)
@@ -148,6 +149,28 @@ def _add_checkpoint_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPar
     added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must be empty or not exist")
     added.add_argument("--step", type=_positive, metavar="STEP", help="instead of the latest")
     added.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+
+
+def _add_cluster_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "Write the job script of a training, show what it would need, and hand it to SLURM."
+    added = verbs.add_parser("submit", help=text, description=text)
+    added.set_defaults(run="pretrain.cluster.submit:submit")
+    added.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    added.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=3e-4")
+    added.add_argument("--nodes", type=_positive, default=1, help="default: 1")
+    added.add_argument("--gpus-per-node", type=_positive, help="default: none are asked for")
+    added.add_argument("--ranks-per-node", type=_positive, help="default: RANKS_PER_NODE, or one per GPU, or 1")
+    added.add_argument("--time", metavar="LIMIT", help="as SLURM writes it, 24:00:00; default: the partition's")
+    added.add_argument("--array", metavar="SPEC", help="a chain of jobs that go on from each other: 1-10%%1")
+    added.add_argument("--sbatch-option", action="append", default=[], metavar="OPTION", help="--exclude=node7; repeat")
+    added.add_argument("--dry-run", action="store_true", help="show it, write and submit nothing")
+    added.add_argument("--tokens-per-second", type=float, metavar="RATE", help="for --dry-run, before it is measured")
+
+    text = "A table of runs: state, step, tokens/s, loss, last checkpoint, job and reason."
+    added = verbs.add_parser("status", help=text, description=text)
+    added.set_defaults(run="pretrain.cluster.status:status")
+    added.add_argument("folders", nargs="*", metavar="RUN", type=Path, help="runs, or folders of runs; default: runs")
+    added.add_argument("--json", action="store_true", help="records instead of a table")
 
 
 def _positive(text: str) -> int:

@@ -20,7 +20,7 @@ from pretrain.checkpointing.folder import (
     read_manifest,
     step_of,
 )
-from pretrain.console import say
+from pretrain.console import age_in_words, bytes_in_words, say
 from pretrain.errors import EXIT_USER_ERROR, DamagedCheckpoint, UserError
 from pretrain.files import file_sha256
 from pretrain.quiet import quiet_third_party
@@ -61,7 +61,7 @@ def verify(options: argparse.Namespace) -> int:
             say(f"{path.name}: {problem}")
         if not problems:
             files = read_manifest(path)["files"].values()
-            say(f"{path.name}: {len(files)} files, {_bytes(sum(entry['bytes'] for entry in files))}, all valid")
+            say(f"{path.name}: {len(files)} files, {bytes_in_words(sum(entry['bytes'] for entry in files))}, all valid")
     return EXIT_USER_ERROR if any(found.values()) else 0
 
 
@@ -126,28 +126,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     else:
         state = "valid" if row["hashed"] else "sizes are right"
     if "layout" not in row:
-        return (f"{row['step']:,}", "?", "?", _bytes(row["bytes"]), "?", state)
+        return (f"{row['step']:,}", "?", "?", bytes_in_words(row["bytes"]), "?", state)
     layout = row["layout"]
     described = (
         f"tensor-parallel {layout['tensor_model_parallel_size']} x data-parallel {layout['data_parallel_size']}, "
         f"ZeRO {layout['zero_stage']}, {'bf16' if layout['bf16'] else 'fp32'}"
     )
-    return (
-        f"{row['step']:,}", f"{row['tokens']:,}", described, _bytes(row["bytes"]), _age(row["age_seconds"]), state,
-    )  # fmt: skip
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    size, age = bytes_in_words(row["bytes"]), age_in_words(row["age_seconds"])
+    return f"{row['step']:,}", f"{row['tokens']:,}", described, size, age, state

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.checkpointing.folder import (
     check_whole,
@@ -38,6 +39,9 @@ from pretrain.topology import (
 )
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals, why_stopped
 
+if TYPE_CHECKING:
+    from pretrain.data.prepare import PreparedData
+
 
 def prepare(options: argparse.Namespace) -> None:
     quiet_third_party()
@@ -61,9 +65,7 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     with contextlib.ExitStack() as stack:
         if is_first and not options.claimed:
             _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
-            given = find_recipe(options.recipe).read_text(encoding="utf-8") + "".join(
-                f"# override: {override}\n" for override in options.overrides
-            )
+            given = text_as_given(options.recipe, options.overrides)
             if not options.from_scratch:
                 folder.check(recipe, allow_changes=options.allow_changes)
             make_folder(folder.path)
@@ -71,7 +73,7 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
             forget_incarnation(folder.path)
             _set_aside(options, folder)
             folder.claim(recipe, given, allow_changes=options.allow_changes)
-            if place is None and _is_done(recipe):
+            if place is None and is_done(recipe):
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
                 return 0
             if place is None and recipe.local_world_size > 1:
@@ -170,7 +172,13 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _check_before_start(recipe: Recipe, world_size: int) -> None:
-    """Everything that can be refused before ranks start: layout, devices, DeepSpeed's file, data."""
+    if place_from_environment() is None:
+        check_devices(recipe, recipe.local_world_size)
+    check_run(recipe, world_size)
+
+
+def check_run(recipe: Recipe, world_size: int) -> PreparedData:
+    """Everything that can be refused before ranks start, on any machine: layout, DeepSpeed's file, data."""
     from pretrain.data.prepare import PreparedData
     from pretrain.training.deepspeed_config import deepspeed_config
 
@@ -178,13 +186,12 @@ def _check_before_start(recipe: Recipe, world_size: int) -> None:
     if stop_file.exists():
         raise UserError(f"{stop_file} asks this run to stop: delete it to go on")
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
-    if place_from_environment() is None:
-        check_devices(recipe, recipe.local_world_size)
     prepared = PreparedData.open(recipe)
     if recipe.model.init_from and not checkpoints_in(RunFolder(recipe.run_folder).checkpoints):
         from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
 
         check_initial_weights(recipe, prepared)
+    return prepared
 
 
 def _check_evaluation(recipe: Recipe) -> None:
@@ -206,9 +213,14 @@ def _set_aside(options: argparse.Namespace, folder: RunFolder) -> None:
         say(f"what was there is kept in {aside}")
 
 
-def _is_done(recipe: Recipe) -> bool:
+def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
+    """What a run remembers of its command."""
+    return find_recipe(recipe).read_text(encoding="utf-8") + "".join(f"# override: {entry}\n" for entry in overrides)
+
+
+def is_done(recipe: Recipe, *, hashed: bool = True) -> bool:
     last = RunFolder(recipe.run_folder).checkpoints / checkpoint_name(recipe.batch.train_steps)
-    return last.is_dir() and not problems_of(last)
+    return last.is_dir() and not problems_of(last, hashed=hashed)
 
 
 def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:

@@ -47,3 +47,21 @@ def say(text: str) -> None:
     """One line on stdout, without tearing a bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def bytes_in_words(count: int) -> str:
+    """``1.23 GB``, in powers of 1000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def age_in_words(seconds: float) -> str:
+    """``3 h``."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

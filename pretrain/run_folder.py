@@ -43,6 +43,7 @@ class RunFolder:
         self.logs = path / "logs"
         self.stacks = path / "stacks"
         self.jobs_file = path / "jobs.jsonl"
+        self.job_script = path / "job.sbatch"
         self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:
@@ -63,12 +64,12 @@ class RunFolder:
         """
         self.check(recipe, allow_changes=allow_changes)
         make_folder(self.path)
-        if self._has_begun():
+        if self.has_begun():
             changes = self._differences(recipe)
             self._record([text for key, text in changes.items() if key.startswith(LAYOUT_KEYS) or not _is_free(key)])
         else:
             write_text(self.recipe_given_file, given)
-        write_text(self.recipe_file, yaml.safe_dump(_with_whole_paths(recipe_to_dict(recipe)), sort_keys=False))
+        write_text(self.recipe_file, yaml.safe_dump(with_whole_paths(recipe_to_dict(recipe)), sort_keys=False))
 
     def check(self, recipe: Recipe, *, allow_changes: bool = False) -> None:
         """See that the folder is this recipe's or free, and change nothing.
@@ -79,7 +80,7 @@ class RunFolder:
         Raises:
             UserError: another run is there, with the keys that differ; or it is not a run.
         """
-        if self._has_begun():
+        if self.has_begun():
             changes = {key: text for key, text in self._differences(recipe).items() if not _is_free(key)}
             allowed = {key for key in changes if key.split(".")[0] in CHANGEABLE_SECTIONS}
             refused = [text for key, text in changes.items() if not (allow_changes and key in allowed)]
@@ -124,14 +125,15 @@ class RunFolder:
     def _differences(self, recipe: Recipe) -> dict[str, str]:
         """Keys whose values differ from the saved recipe's, each with "key: there X, asked for Y"."""
         saved = flatten(recipe_to_dict(self.saved_recipe()))  # keys newer than the run: defaults
-        wanted = flatten(_with_whole_paths(recipe_to_dict(recipe)))
+        wanted = flatten(with_whole_paths(recipe_to_dict(recipe)))
         return {
             key: f"{key}: there {saved.get(key)!r}, asked for {wanted.get(key)!r}"
             for key in sorted(saved.keys() | wanted.keys())
             if saved.get(key) != wanted.get(key)
         }
 
-    def _has_begun(self) -> bool:
+    def has_begun(self) -> bool:
+        """Whether something was trained, or is about to be."""
         return self.recipe_file.exists() and (self.checkpoints.exists() or self.metrics_file.exists())
 
     def _content(self) -> list[Path]:
@@ -175,7 +177,7 @@ class RunFolder:
         return tree
 
 
-def _with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
+def with_whole_paths(tree: dict[str, Any]) -> dict[str, Any]:
     """Paths that later commands need, independent of the folder that they are run in."""
     tree["data"]["folder"] = str(Path(tree["data"]["folder"]).absolute())
     sharding = Path(tree["parallel"]["sharding"])

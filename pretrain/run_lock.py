@@ -42,11 +42,11 @@ def run_lock(folder: Path, *, succeeds: bool = False) -> Iterator[int]:
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(descriptor, done), daemon=True)
     try:
-        holder = _read(path)
+        holder = holder_of(folder)
         beats = holder and holder["host"] != socket.gethostname() and not succeeds and _beats(path)
         if not _locked(descriptor, path, succeeds) or beats:
             raise UserError(
-                f"another process is training in {folder}: {_describe(_read(path))}. Wait until it ends, or give "
+                f"another process is training in {folder}: {_describe(holder_of(folder))}. Wait until it ends, or give "
                 "this run another name=..."
             )
         os.ftruncate(descriptor, 0)
@@ -72,12 +72,12 @@ def _locked(descriptor: int, path: Path, succeeds: bool) -> bool:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 return succeeds
-            if not succeeds and not _is_dead(_read(path)):
+            if not succeeds and not is_dead(holder_of(path.parent)):
                 return False
             time.sleep(0.1)
         except OSError:  # this file system has no locks: the note and the heartbeat have to do
-            holder = _read(path)
-            return succeeds or not holder or _is_dead(holder) or not _beats(path)
+            holder = holder_of(path.parent)
+            return succeeds or not holder or is_dead(holder) or not _beats(path)
 
 
 def _self() -> dict[str, Any]:
@@ -89,16 +89,16 @@ def _self() -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def holder_of(folder: Path) -> dict[str, Any]:
     """Who holds the lock, or held it when the machine went down; empty if nobody does."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads((folder / ".lock").read_text(encoding="utf-8"))
         return holder if {"host", "pid"} <= holder.keys() else {}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
+def is_dead(holder: dict[str, Any]) -> bool:
     """Known to be: its process ran on this machine and is gone."""
     if holder.get("host") != socket.gethostname():
         return False
