@@ -41,8 +41,10 @@ def _begin(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     folder, job = _run_folder(options), job_from_environment()
     make_folder(folder.logs)
-    logs = make_folder(folder.logs / job.incarnation)
-    if arguments[0] == "train":
+    is_training = arguments[0] == "train"
+    suffix = "" if is_training else f".{arguments[0]}"  # a job may also evaluate what it has trained
+    logs = make_folder(folder.logs / f"{job.incarnation}{suffix}")
+    if is_training:
         step = _saved_step(folder)
         earlier = _begins(folder, job)
         if _stuck(earlier, step):
@@ -76,7 +78,7 @@ def _end(logs: Path, launcher_code: int) -> int:
             action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {_words_for_stuck(earlier, step)}"
         else:
             action = "requeued"
-    is_training = bool(earlier) and earlier[-1]["incarnation"] == job.incarnation
+    is_training = logs.name == job.incarnation
     if is_training:
         facts: dict[str, Any] = {"code": code, "reason": reason, "step": step, "action": action}
         record_event(
