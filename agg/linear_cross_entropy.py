@@ -23,7 +23,7 @@ from agg.sweep import Job, Sweep, sum_dtype
 from agg.vocab_shard import VocabShard
 
 # Elements of one chunk of logits. On a CPU 64 MiB in float32; on a GPU, where each chunk adds to all of dW in memory,
-# 1 GiB in bfloat16: 4,096 tokens at V 128k.
+# 1 GiB in bfloat16: 4,096 tokens at V 128k. Below 256 tokens dW is read and written too often for its matmul.
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**29}
 
 
@@ -53,7 +53,7 @@ def gated_linear_cross_entropy(
         label_smoothing: eps in ``Y' = (1 - eps) Y + eps / V``, V the global unpadded size.
         reduction: ``mean`` over targets that are not ignored (0 if there are none), ``sum``, or ``none`` ([T],
             0 where ignored).
-        chunk_tokens: C. None: ``CHUNK_LOGITS`` over the rows of an even shard, at least 128.
+        chunk_tokens: C. None: ``CHUNK_LOGITS`` over the rows of an even shard, at least 256.
 
     Raises:
         ValueError: shapes, sizes or options that do not fit.
@@ -68,7 +68,7 @@ def gated_linear_cross_entropy(
     _check(hidden, weight, target, gates, shard, label_smoothing, reduction, chunk_tokens)
     _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
-        chunk_tokens = max(128, CHUNK_LOGITS.get(hidden.device.type, 2**24) // -(-shard.vocab_size // shard.world_size))
+        chunk_tokens = max(256, CHUNK_LOGITS.get(hidden.device.type, 2**24) // -(-shard.vocab_size // shard.world_size))
     job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens)
     losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, job, reduction)  # type: ignore[no-untyped-call]
     return losses
