@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.cluster.endings import STOPPED, begin_rank, log_folder, note_end
 from pretrain.errors import EXIT_USER_ERROR, SpikeError, UserError
 
 
@@ -20,29 +21,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when training had to stop; 2 when the input cannot be used; 75 when training was asked to stop and saved
         (:mod:`pretrain.training.stopping`). A rank that hangs ends with 70 (:mod:`pretrain.training.watchdog`).
     """
-    options = _parse(arguments)
+    begin_rank()
+    options = parse(arguments)
     try:
         module, function = options.run.split(":")  # imported now: most verbs need torch
-        return int(getattr(importlib.import_module(module), function)(options) or 0)
+        code, line = int(getattr(importlib.import_module(module), function)(options) or 0), ""
     except UserError as error:
-        if not (error.on_all_ranks and os.environ.get("RANK", "0") != "0"):
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        code, line = EXIT_USER_ERROR, f"error: {error}"
+        if error.on_all_ranks and os.environ.get("RANK", "0") != "0":
+            note_end(code, line)
+            return code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR):
+            note_end(1, f"{type(error).__name__}: {error}")
             raise
-        print(f"error: cannot use {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        code, line = EXIT_USER_ERROR, f"error: cannot use {error.filename or 'a file'}: {error.strerror}"
     except SpikeError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        code, line = 1, f"stopped: {error}"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        code, line = 130, "interrupted"
+    except Exception as error:
+        note_end(1, f"{type(error).__name__}: {error}")
+        raise
+    note_end(code, line)
+    if line:
+        print(line, file=sys.stderr)
+    return 0 if code == STOPPED and log_folder() else code  # for torchrun a stop is no failure; the job knows better
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may also stand behind options, where argparse does not look for them."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The verb and its options. Overrides may also stand behind options, where argparse does not look for them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") or "=" not in word for word in rest)):

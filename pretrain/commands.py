@@ -16,6 +16,8 @@ from pretrain.checkpointing.folder import (
     problems_of,
     step_of,
 )
+from pretrain.cluster.endings import note
+from pretrain.cluster.incarnation import forget_incarnation, has_taken_over
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
@@ -33,7 +35,7 @@ from pretrain.topology import (
     disconnect,
     place_from_environment,
 )
-from pretrain.training.stopping import EXIT_STOPPED, StopSignals
+from pretrain.training.stopping import EXIT_STOPPED, StopSignals, why_stopped
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -63,7 +65,8 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
             if not options.from_scratch:
                 folder.check(recipe, allow_changes=options.allow_changes)
             make_folder(folder.path)
-            lock = stack.enter_context(run_lock(folder.path))
+            lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
+            forget_incarnation(folder.path)
             _set_aside(options, folder)
             folder.claim(recipe, given, allow_changes=options.allow_changes)
             if place is None and _is_done(recipe):
@@ -79,6 +82,8 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
         topology = stack.enter_context(_connected(recipe))
         progress = train_run(recipe, topology, options.stop_at_step, signals, options.allow_changes)
         stopped = progress.step < min(options.stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
+        if stopped:
+            note(stopped_by=why_stopped(signals, folder.stop_file))
         if topology.is_first:
             saved = f"step {progress.step:,} saved in {folder.checkpoints}" if progress.step else "nothing trained yet"
             say(f"{recipe.name}: {saved}" + ("; stopped as asked, the same command goes on" if stopped else ""))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 
 def bar(total: int | None, description: str, unit: str, *, show: bool = True, initial: int = 0) -> tqdm[Any]:
-    """A progress bar on stderr. In a file or a pipe it writes a line every 15 s at most, not a stream of them."""
+    """A progress bar on stderr. In a file or a pipe it writes a line every 15 s at most, not a stream of them.
+
+    What is set beside it should not draw it: ``set_postfix_str(..., refresh=False)``.
+    """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -22,8 +25,22 @@ def bar(total: int | None, description: str, unit: str, *, show: bool = True, in
         mininterval=0.2 if terminal else 15.0,
         maxinterval=15.0,
         smoothing=0.1,
-        file=sys.stderr,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
     )
+
+
+class _Lines:
+    """A bar draws itself over what it drew before; in a file each drawing is a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self._file.write(line + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def say(text: str) -> None:

@@ -22,7 +22,7 @@ FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
 # What may differ if that is asked for: the weights fit, but what is trained is another thing from here on.
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
-NOT_OF_A_RUN = (".lock", "logs", "aside", "resharding")
+NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "aside", "resharding")
 
 EVALUATION_FORMAT = 1
 
@@ -42,6 +42,7 @@ class RunFolder:
         self.evaluation_arrays = path / "evaluation.npz"
         self.logs = path / "logs"
         self.stacks = path / "stacks"
+        self.jobs_file = path / "jobs.jsonl"
         self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:

@@ -24,8 +24,12 @@ ENDING_SECONDS = 60.0  # ranks whose launcher was killed are gone by then
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[int]:
+def run_lock(folder: Path, *, succeeds: bool = False) -> Iterator[int]:
     """Hold the lock of a run folder.
+
+    Args:
+        succeeds: the holder, if there is one, has been told to leave and writes nothing more
+            (:mod:`pretrain.cluster.incarnation`): wait for it, and go on without the lock if it cannot be reached.
 
     Yields:
         The file descriptor that keeps it, for the ranks to inherit.
@@ -39,7 +43,8 @@ def run_lock(folder: Path) -> Iterator[int]:
     heart = threading.Thread(target=_beat, args=(descriptor, done), daemon=True)
     try:
         holder = _read(path)
-        if not _locked(descriptor, path) or (holder and holder["host"] != socket.gethostname() and _beats(path)):
+        beats = holder and holder["host"] != socket.gethostname() and not succeeds and _beats(path)
+        if not _locked(descriptor, path, succeeds) or beats:
             raise UserError(
                 f"another process is training in {folder}: {_describe(_read(path))}. Wait until it ends, or give "
                 "this run another name=..."
@@ -57,20 +62,22 @@ def run_lock(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _locked(descriptor: int, path: Path) -> bool:
-    """Take the lock; wait for the ranks of a holder that is dead, but not for a living one."""
+def _locked(descriptor: int, path: Path, succeeds: bool) -> bool:
+    """Take the lock; wait for the ranks of a holder that is dead or leaves, but not for another."""
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if not _is_dead(_read(path)) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
+                return succeeds
+            if not succeeds and not _is_dead(_read(path)):
                 return False
             time.sleep(0.1)
         except OSError:  # this file system has no locks: the note and the heartbeat have to do
             holder = _read(path)
-            return not holder or _is_dead(holder) or not _beats(path)
+            return succeeds or not holder or _is_dead(holder) or not _beats(path)
 
 
 def _self() -> dict[str, Any]:

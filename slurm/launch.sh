@@ -1,16 +1,32 @@
 #!/usr/bin/env bash
 # The only launcher: starts a verb of pretrain on every node of the job it runs in.
 #   bash slurm/launch.sh train RECIPE [key=value ...]
-# One torchrun on each node; they meet on the first. RANKS_PER_NODE: default one per GPU, or 1 without GPUs.
+# srun starts one torchrun on each node; they meet on the first. Facts of the site are in cluster.env.
 set -euo pipefail
 : "${SLURM_JOB_ID:?launch.sh runs inside a SLURM job: sbatch slurm/train.sbatch RECIPE}"
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-port=$((20000 + SLURM_JOB_ID % 20000))
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+site=${PRETRAIN_CLUSTER_ENV:-$here/cluster.env}
+if [[ -f $site ]]; then source "$site"; fi
+python=${PYTHON:-python}
+
+export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+export PRETRAIN_WORLD_SIZE=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
+export PRETRAIN_INCARNATION=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" \
-    "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" \
-    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \
-    -m pretrain "$@"
+PRETRAIN_JOB_LOGS=$("$python" -m pretrain.cluster.batch begin "$@")
+export PRETRAIN_JOB_LOGS
+
+# shellcheck disable=SC2086  # SRUN_OPTIONS are words
+srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --output="$PRETRAIN_JOB_LOGS/node_%N.log" ${SRUN_OPTIONS:-} \
+    "$python" -m pretrain.cluster.node "$@" < /dev/null &
+srun=$!
+trap 'kill -USR1 "$srun"' USR1
+trap 'kill -TERM "$srun"' TERM INT
+tail --pid="$srun" -n +1 -F "$PRETRAIN_JOB_LOGS/rank_00000.log" 2> /dev/null &
+tail=$!
+while kill -0 "$srun" 2> /dev/null; do wait "$srun" || true; done # a signal ends wait before srun has ended
+code=0
+wait "$srun" || code=$?
+wait "$tail" || true
+exec "$python" -m pretrain.cluster.batch end "$PRETRAIN_JOB_LOGS" "$code"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.__main__ import _parse
+from pretrain.__main__ import parse
 from pretrain.errors import RecipeError, UserError
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
@@ -123,9 +123,9 @@ def test_a_key_given_twice_is_refused(tmp_path):
 
 
 def test_overrides_may_stand_behind_options(capsys):
-    options = _parse(["train", "quickstart_agg", "name=a", "--stop-at-step", "3", "batch.train_steps=9"])
+    options = parse(["train", "quickstart_agg", "name=a", "--stop-at-step", "3", "batch.train_steps=9"])
     assert options.overrides == ["name=a", "batch.train_steps=9"] and options.stop_at_step == 3
     for words in (["train", "quickstart_agg", "--stop-at-step", "3", "--no-such"], ["report", "runs/a", "--bad"]):
         with pytest.raises(SystemExit) as stopped:
-            _parse(words)
+            parse(words)
         assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err

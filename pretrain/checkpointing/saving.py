@@ -33,6 +33,7 @@ from pretrain.checkpointing.folder import UNFINISHED, checkpoint_name, delete_ol
 from pretrain.checkpointing.fragments import optimizer_order
 from pretrain.checkpointing.portable import write_parameters
 from pretrain.checkpointing.split import Split, parameter_splits
+from pretrain.cluster.incarnation import leave_if_fenced
 from pretrain.errors import CheckpointError
 from pretrain.files import file_sha256, sync_folder, write_text
 from pretrain.recipe import CheckpointRecipe
@@ -164,7 +165,10 @@ class CheckpointSaver:
             name = str(path.relative_to(save.temporary))
             if path.is_file() and name not in files:
                 files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        run_folder = save.final.parent.parent
+        leave_if_fenced(run_folder)
         write_manifest(save.temporary, {**save.manifest, "files": dict(sorted(files.items()))})
+        leave_if_fenced(run_folder)  # hashing may have taken long
         if save.final.exists():  # damaged, or newer than the one the run went on from
             remove(save.final)
         save.temporary.rename(save.final)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from pretrain.checkpointing.checkpoint import Progress, resume
 from pretrain.checkpointing.folder import checkpoints_in, remove_unfinished
+from pretrain.cluster.incarnation import watch_fence
 from pretrain.console import bar, say
 from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
 from pretrain.evaluation.geometry import measure_geometry
@@ -48,6 +49,8 @@ def train(
         SpikeError: on all ranks, at a step that must not be trained on; nothing was updated.
     """
     folder = RunFolder(recipe.run_folder)
+    if topology.local_rank == 0:
+        watch_fence(folder.path)
     stop = Stop(signals or StopSignals(), folder.stop_file, topology)
     stacks = folder.stacks / f"rank_{topology.rank:05d}.txt"
     with contextlib.ExitStack() as stack:
@@ -116,7 +119,9 @@ def _run_steps(
                 record |= _measures(run, step, last, trained=done.spike is None)
                 if writer is not None:
                     writer.write(record)
-                progress_bar.set_postfix_str(f"loss {done.loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
+                progress_bar.set_postfix_str(
+                    f"loss {done.loss:.3f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False
+                )
                 clock.restart()
             if saving:
                 save(run, folder)

@@ -27,6 +27,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pretrain.cluster.incarnation import leave_if_fenced
 from pretrain.errors import UserError
 from pretrain.files import without_infinities, write_text
 
@@ -63,6 +64,7 @@ class MetricsWriter:
         self._open(done_steps)
 
     def write(self, record: dict[str, Any]) -> None:
+        leave_if_fenced(self._path.parent)
         record = without_infinities(record)
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -20,6 +20,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from pretrain.cluster.endings import note_end
 from pretrain.topology import Topology
 
 # sysexits.h: "temporary failure, the user is invited to retry". Schedulers may start the same command again.
@@ -90,11 +91,18 @@ class StopSignals:
             print(f"{name}: finishes the step, saves and stops; a second signal leaves at once", file=sys.stderr)
         elif now - self._requested_at > REPEAT_SECONDS:
             print(f"{name} again: leaves at once, nothing is saved", file=sys.stderr, flush=True)
+            note_end(128 + number, f"{name} twice: left without saving")
             os._exit(128 + number)
 
     def _relay(self, number: int) -> None:
         for process in self._ranks or ():
             process.send_signal(number)
+
+
+def why_stopped(signals: StopSignals, file: Path) -> list[str]:
+    """What this rank knows of the cause: the signal's name, ``STOP`` for the file; both or nothing."""
+    causes = [] if signals.requested is None else [signal.Signals(signals.requested).name]
+    return causes + (["STOP"] if file.exists() else [])
 
 
 def hold_back_signals() -> None:

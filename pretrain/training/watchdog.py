@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from pretrain.cluster.endings import note_end
+
 EXIT_HUNG = os.EX_SOFTWARE  # 70
 PATIENCE = 3.0  # how much longer the first step, a save and an evaluation may take
 STDERR = 2
@@ -60,6 +62,7 @@ class Watchdog:
                 self._end(f"rank {self._rank} hangs: no end of {what} after {seconds:.0f} s")
 
     def _end(self, line: str) -> None:
+        note_end(EXIT_HUNG, line)
         try:
             faulthandler.dump_traceback(STDERR)
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,148 @@
+"""What the batch shell of a job does before and after its ranks: ``python -m pretrain.cluster.batch begin|end ...``.
+
+``begin VERB ...`` refuses bad input before any rank starts, takes over the run, and prints the folder of the job's
+logs. ``end LOGS CODE`` says how the job ended, and puts it back into the queue if it is to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pretrain.__main__ import parse
+from pretrain.checkpointing.folder import checkpoints_in, step_of
+from pretrain.cluster.endings import STOPPED, Ending, how_it_ended
+from pretrain.cluster.incarnation import take_over
+from pretrain.cluster.job import Job, ask, job_from_environment, read_events, record_event, state_of
+from pretrain.errors import EXIT_USER_ERROR, UserError
+from pretrain.files import make_folder
+from pretrain.recipe_io import load_recipe
+from pretrain.run_folder import RunFolder
+
+BEGINS_WITHOUT_PROGRESS = 2  # in a row; then a job does not start again by itself
+EXIT_BROKEN = 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        if arguments[0] == "begin":
+            return _begin(arguments[1:])
+        return _end(Path(arguments[1]), int(arguments[2]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _begin(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    folder, job = _run_folder(options), job_from_environment()
+    make_folder(folder.logs)
+    logs = make_folder(folder.logs / job.incarnation)
+    if arguments[0] == "train":
+        step = _saved_step(folder)
+        earlier = _begins(folder, job)
+        if _stuck(earlier, step):
+            print(f"error: {_words_for_stuck(earlier, step)}", file=sys.stderr)
+            return EXIT_BROKEN
+        take_over(folder.path, job)
+        _say_what_was_before(folder, earlier)
+        record_event(
+            folder.jobs_file,
+            "begin",
+            incarnation=job.incarnation,
+            job_id=job.job_id,
+            chain=job.chain,
+            restarts=job.restarts,
+            nodes=job.nodes,
+            step=step,
+        )
+    print(logs)
+    return 0
+
+
+def _end(logs: Path, launcher_code: int) -> int:
+    job, world_size = job_from_environment(), int(os.environ["PRETRAIN_WORLD_SIZE"])
+    folder = RunFolder(logs.parent.parent)
+    ending = how_it_ended(logs, world_size, launcher_code)
+    step, earlier = _saved_step(folder), _begins(folder, job)
+    action, code = {0: "done", STOPPED: "stopped"}.get(ending.code, "failed"), ending.code
+    reason = ending.reason
+    if _wants_to_go_on(ending, job):
+        if _stuck(earlier, step):
+            action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {_words_for_stuck(earlier, step)}"
+        else:
+            action = "requeued"
+    is_training = bool(earlier) and earlier[-1]["incarnation"] == job.incarnation
+    if is_training:
+        facts: dict[str, Any] = {"code": code, "reason": reason, "step": step, "action": action}
+        record_event(
+            folder.jobs_file, "end", incarnation=job.incarnation, job_id=job.job_id, restarts=job.restarts, **facts
+        )
+    where = f" (logs of each rank: {logs})" if action == "failed" else ""
+    at = f" at step {step:,}" if is_training else ""
+    print(f"job {job.incarnation} {action}{at}{reason and ': '}{reason}{where}", flush=True)
+    if action == "requeued":
+        ask(["scontrol", "requeue", job.job_id])
+    return code
+
+
+def _run_folder(options: argparse.Namespace) -> RunFolder:
+    if hasattr(options, "recipe"):
+        return RunFolder(Path(load_recipe(options.recipe, options.overrides).run_folder))
+    if getattr(options, "folder", None) is None:
+        raise UserError("launch.sh runs train, evaluate, generate and checkpoint reshard; start other verbs plainly")
+    return RunFolder(options.folder.absolute())
+
+
+def _saved_step(folder: RunFolder) -> int:
+    """The newest checkpoint's step, by its name alone: what a job has got done."""
+    return max((step_of(path) for path in checkpoints_in(folder.checkpoints)), default=0)
+
+
+def _begins(folder: RunFolder, job: Job) -> list[dict[str, Any]]:
+    """The starts of this job, or of the array that it is a part of."""
+    return [
+        event
+        for event in read_events(folder.jobs_file)
+        if event["event"] == "begin" and event.get("chain") == job.chain
+    ]
+
+
+def _stuck(begins: Sequence[dict[str, Any]], step: int) -> bool:
+    last = begins[-BEGINS_WITHOUT_PROGRESS:]
+    return len(last) == BEGINS_WITHOUT_PROGRESS and all(event["step"] == step for event in last)
+
+
+def _words_for_stuck(begins: Sequence[dict[str, Any]], step: int) -> str:
+    starts = ", ".join(event["incarnation"] for event in begins[-BEGINS_WITHOUT_PROGRESS:])
+    return (
+        f"no progress in {BEGINS_WITHOUT_PROGRESS} starts in a row ({starts}): all began at step {step:,} and saved "
+        "nothing newer. Give it more time, save more often (checkpoint.every_steps), and submit it again"
+    )
+
+
+def _say_what_was_before(folder: RunFolder, earlier: Sequence[dict[str, Any]]) -> None:
+    """A start that ended without a word: its node was lost, or SLURM killed it."""
+    ended = {event.get("incarnation") for event in read_events(folder.jobs_file) if event["event"] == "end"}
+    if earlier and earlier[-1]["incarnation"] not in ended:
+        last = earlier[-1]
+        print(
+            f"incarnation {last['incarnation']} on {', '.join(last['nodes'])} ended without a word: node lost, "
+            "preempted or killed",
+            file=sys.stderr,
+        )
+
+
+def _wants_to_go_on(ending: Ending, job: Job) -> bool:
+    """Stopped because its time is nearly over, and SLURM may start it again. A job that was cancelled may not."""
+    if ending.code != STOPPED or "SIGUSR1" not in ending.stopped_by or "STOP" in ending.stopped_by:
+        return False
+    return state_of(job.job_id) == "RUNNING" and " Requeue=1 " in ask(["scontrol", "show", "job", job.job_id])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

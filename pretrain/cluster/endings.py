@@ -1,0 +1,154 @@
+"""What every rank and node of a job leaves behind, and what it says about how the job ended.
+
+In the folder of the job's logs: ``rank_00003.json`` of each rank, written when it starts and again when it ends, and
+``node_NAME.json`` of each node on which a rank failed, for those that were killed and could say nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.files import write_json
+
+LOGS = "PRETRAIN_JOB_LOGS"
+# What a rank says that fails only because another one has gone.
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+    "remote process exited",
+    "failed to recv",
+)
+TERMINATED = 128 + signal.SIGTERM
+STOPPED = os.EX_TEMPFAIL  # training.stopping.EXIT_STOPPED, which is in a module that imports torch
+
+_facts: dict[str, Any] = {}
+
+
+def log_folder() -> Path | None:
+    """Where this rank's log and records go; None outside a job, and in a process that is not a rank."""
+    return Path(os.environ[LOGS]) if LOGS in os.environ and "RANK" in os.environ else None
+
+
+def begin_rank() -> None:
+    """In a job: what this rank prints goes to its own log, and the record of its start is written."""
+    folder = log_folder()
+    if folder is None or _facts:
+        return
+    rank = int(os.environ["RANK"])
+    with (folder / f"rank_{rank:05d}.log").open("ab") as log:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    _facts.update(rank=rank, host=socket.gethostname(), pid=os.getpid(), began=time.time())
+    write_json(folder / f"rank_{rank:05d}.json", _facts)
+
+
+def note(**facts: Any) -> None:
+    """Something that belongs into the record of how this rank ended."""
+    _facts.update(facts)
+
+
+def note_end(code: int, reason: str = "") -> None:
+    """How this rank ends; the first word counts. Never fails: there may be no room for it on the disk."""
+    folder = log_folder()
+    if folder is None or "code" in _facts:
+        return
+    _facts.update(code=code, reason=reason.strip(), ended=time.time())
+    with contextlib.suppress(OSError):
+        write_json(folder / f"rank_{_facts.get('rank', int(os.environ['RANK'])):05d}.json", _facts)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended.
+
+    Attributes:
+        code: what the job exits with: 0, 75 (continue me), or what broke it.
+        reason: one line, with rank and node.
+        stopped_by: why it stopped as asked: names of signals, ``STOP`` for the file.
+    """
+
+    code: int
+    reason: str
+    stopped_by: frozenset[str] = frozenset()
+
+
+def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
+    """Read what ranks and nodes left behind.
+
+    Args:
+        launcher_code: srun's exit code, for a job of which no rank said anything.
+    """
+    ranks = {record["rank"]: record for record in _records(folder, "rank_*.json") if "rank" in record}
+    codes = {rank: record.get("code") for rank, record in ranks.items()}
+    if launcher_code == 0 and len(codes) == world_size and set(codes.values()) <= {0, STOPPED}:
+        if STOPPED not in codes.values():
+            return Ending(0, "")
+        causes = frozenset(cause for record in ranks.values() for cause in record.get("stopped_by", ()))
+        return Ending(STOPPED, f"stopped as asked ({', '.join(sorted(causes)) or 'a signal'}) and saved", causes)
+    failures = _failures(folder, ranks)
+    silent = sorted(rank for rank in range(world_size) if codes.get(rank) is None)
+    if not failures:
+        if not ranks:
+            return Ending(launcher_code or 1, f"no rank started; srun ended with {launcher_code}")
+        return Ending(launcher_code or 1, f"srun ended with {launcher_code}, and {_name(silent, ranks)} said nothing")
+    first = min(failures, key=lambda failure: (_is_consequence(failure), failure["ended"]))
+    code = first["code"] if first["code"] > 0 else 128 - first["code"]
+    reason = f"rank {first['rank']} on {first['host']}: {first['reason'] or f'exit code {code}'}"
+    others = [rank for rank in silent if rank != first["rank"]]
+    if code == os.EX_SOFTWARE and others:
+        reason += f"; {_name(others, ranks)} said nothing"
+    return Ending(code, reason)
+
+
+def _failures(folder: Path, ranks: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record of each rank that failed: its own, or that of its node if it was killed."""
+    failures = {
+        rank: record for rank, record in ranks.items() if record.get("code") not in (None, 0, STOPPED, TERMINATED)
+    }
+    for node in _records(folder, "node_*.json"):
+        for failure in node.get("failures", ()):
+            rank = failure["rank"]
+            if ranks.get(rank, {}).get("code") is None:
+                failures[rank] = failure | {"host": node["host"], "reason": _in_words(failure["code"])}
+    return list(failures.values())
+
+
+def _in_words(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code} and without a word"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _is_consequence(failure: dict[str, Any]) -> bool:
+    return any(words in failure["reason"] for words in LOST_PEER) or failure["code"] == -signal.SIGTERM
+
+
+def _name(ranks: list[int], records: dict[int, dict[str, Any]]) -> str:
+    """A few of these ranks, with their nodes."""
+    named = [f"{rank} ({records[rank]['host']})" if rank in records else str(rank) for rank in ranks[:4]]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(named)}{', ...' if len(ranks) > 4 else ''}"
+
+
+def _records(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    records = []
+    for path in sorted(folder.glob(pattern)):
+        with contextlib.suppress(OSError, ValueError):
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+    return records
