@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -60,10 +61,8 @@ def write_configuration(root: Path, nodes: int, network: str) -> None:
     for folder in ("etc", "log", "state", "gpus", *(f"spool/node{i}" for i in range(1, nodes + 1))):
         (root / folder).mkdir(parents=True)
     addresses = {f"node{i}": f"{network}.{10 + i}" for i in range(1, nodes + 1)}
-    lines = [
-        f"NodeName={name} NodeAddr={address} CPUs={CPUS_PER_NODE} RealMemory=8000 Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
-        for name, address in addresses.items()
-    ]
+    has = f"CPUs={CPUS_PER_NODE} RealMemory=8000 Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
+    lines = [f"NodeName={name} NodeAddr={address} {has}" for name, address in addresses.items()]
     text = SLURM_CONF.format(
         root=root, network=network, controller=CONTROLLER, nodes="\n".join(lines), pair=",".join([*addresses][:2])
     )
@@ -76,11 +75,10 @@ def write_configuration(root: Path, nodes: int, network: str) -> None:
     hosts = ["127.0.0.1 localhost", "::1 ip6-localhost", f"{network}.1 {CONTROLLER}"]
     hosts += [f"{address} {name}\n::ffff:{address} {name}.v4" for name, address in addresses.items()]
     (root / "etc/hosts").write_text("\n".join(hosts) + "\n")
-    (root / "etc/resolv.conf").write_text(
-        "options timeout:1 attempts:1\n"
-    )  # no name server: unknown names fail at once
+    # No name server: unknown names fail at once.
+    (root / "etc/resolv.conf").write_text("options timeout:1 attempts:1\n")
     key = root / "munge.key"
-    key.write_bytes(Path("/dev/urandom").open("rb").read(128))
+    key.write_bytes(os.urandom(128))
     key.chmod(0o400)
 
 

@@ -34,7 +34,7 @@ PROBE = "mount -t tmpfs tmpfs /dev/shm && ip link add bridge0 type bridge && ip 
 
 
 def why_not() -> str | None:
-    """One line that says why no cluster can be started here, or None. Installs what is missing where that is allowed."""
+    """One line that says why no cluster can be started here, or None. What is missing is installed where it may be."""
     if not sys.platform.startswith("linux"):
         return f"they need Linux, this is {sys.platform}"
     if os.geteuid() != 0:
