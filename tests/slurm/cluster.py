@@ -31,16 +31,18 @@ class Cluster:
 
     Attributes:
         disk: a folder that is a small file system of its own, shared by all hosts and not seen from here.
+        site: an empty folder on the PYTHONPATH of all jobs, for what a node mounts there.
     """
 
     def __init__(self, root: Path, nodes: int) -> None:
-        self.root, self.nodes, self.disk = root, [f"node{i}" for i in range(1, nodes + 1)], root / "disk"
+        self.root, self.nodes = root, [f"node{i}" for i in range(1, nodes + 1)]
+        self.disk, self.site = root / "disk", root / "site"
         self._hosts: dict[str, Host] = {}
         self._dead: list[Host] = []
         self._unplugged: set[str] = set()
         self._environment = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ} | {
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), search_path())),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{self.site}{os.pathsep}{ROOT}",
             "OMP_NUM_THREADS": "1",
             "SLURM_CONF": str(root / "etc/slurm.conf"),
         }
@@ -72,6 +74,7 @@ class Cluster:
     def _start(self) -> None:
         write_configuration(self.root, len(self.nodes), NETWORK)
         self.disk.mkdir()
+        self.site.mkdir()
         self._hosts[CONTROLLER] = controller = self._new_host(CONTROLLER, disk=self.disk)
         controller.ip("link add br0 type bridge", f"addr add {NETWORK}.1/24 dev br0", "link set br0 up")
         socket = self.root / "munge.socket"
@@ -125,10 +128,12 @@ class Cluster:
         """
 
         def reached() -> bool:
-            fields = self.jobs(job)
-            ended = [one for one in fields if one["JobState"] in FINAL and one["JobState"] not in states]
-            assert not ended, f"job {job} ended: {self._describe(job)}"
-            return all(one["JobState"] in states and int(one["Restarts"]) >= restarts for one in fields)
+            fields, there = self.jobs(job), 0
+            for one in fields:
+                wanted = one["JobState"] in states and int(one["Restarts"]) >= restarts
+                assert wanted or one["JobState"] not in FINAL, f"job {job} ended: {self._describe(job)}"
+                there += wanted
+            return there == len(fields)
 
         wait_until(reached, seconds, f"{' or '.join(states)} of job {job}", lambda: self._describe(job))
 
