@@ -36,7 +36,14 @@ SCALED_DOWN = (
     "reporting.validate_every_steps=0",
     "reporting.tensorboard=false",
 )
+MID_RUN = 12  # a step after the first checkpoint and before the second
+RANK = "-m pretrain train"  # what only ranks have on their command lines
 TWO_NODES = ("--nodes=2", "--gpus-per-node=2", "--time=30")  # 4 ranks: tensor-parallel 2 x data-parallel 2
+ONE_RANK_A_NODE = (("--nodes=2", "--gpus-per-node=1", "--time=30"), ("parallel.data_parallel_size=1",))
+
+
+def last_line(output: str) -> str:
+    return output.strip().splitlines()[-1]
 
 
 class Runs:
@@ -67,21 +74,26 @@ class Runs:
         arguments = ("slurm/train.sbatch", RECIPE, *self.overrides(name, *overrides))
         return self.cluster.submit(*options, *arguments, **environment)
 
-    def records(self, name: str) -> int:
+    def records(self, name: str, root: Path | None = None) -> int:
         """So many lines of metrics are there."""
-        file = self.folder(name).metrics_file
+        file = RunFolder((root or self.root) / name).metrics_file
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         return read_metrics(self.folder(name).saved_recipe())
 
-    def wait_for_step(self, name: str, job: str, step: int, seconds: float = 120.0) -> None:
+    def wait_for_step(self, name: str, job: str, step: int, root: Path | None = None) -> None:
+        """
+        Args:
+            root: where the run is, if it is elsewhere.
+        """
+
         def reached() -> bool:
-            done = self.records(name) >= step
+            done = self.records(name, root) >= step
             assert done or self.cluster.state(job) not in FINAL, self.cluster.output(job)
             return done
 
-        wait_until(reached, seconds, f"step {step} of {name}", lambda: self.cluster.output(job))
+        wait_until(reached, 120, f"step {step} of {name}", lambda: self.cluster.output(job))
 
     def events(self, name: str, event: str) -> list[dict[str, Any]]:
         return [one for one in read_events(self.folder(name).jobs_file) if one["event"] == event]

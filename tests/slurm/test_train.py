@@ -8,17 +8,10 @@ import signal
 
 import pytest
 
-from tests.slurm.runs import STEPS, TWO_NODES
+from tests.slurm.runs import MID_RUN, RANK, STEPS, TWO_NODES, last_line
 from tests.slurm.waiting import wait_until
 
 pytestmark = pytest.mark.slurm
-
-RANK = "-m pretrain train"  # what only ranks have on their command lines
-MID_RUN = 12  # a step after the first checkpoint and before the second
-
-
-def last_line(output: str) -> str:
-    return output.strip().splitlines()[-1]
 
 
 def test_two_nodes_train_as_one_does(runs, calm):
