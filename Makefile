@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: install quickstart test test-long faults lint clean
+.PHONY: install quickstart test test-long test-slurm faults lint clean
 
 install: $(VENV)/installed
 
@@ -28,6 +28,11 @@ test: install
 
 test-long: install
 	@$(RUN) pytest -q -m long
+
+# Where no cluster can be started, the reason is printed (exit code 69 of the first command), and that is all.
+test-slurm: install
+	@code=0; $(RUN) tests.slurm.requirements || code=$$?; \
+	case $$code in 0) $(RUN) pytest -q -m slurm tests/slurm ;; 69) ;; *) exit $$code ;; esac
 
 faults: install
 	@$(RUN) tests.faults --kills 36

@@ -9,7 +9,8 @@ site=${PRETRAIN_CLUSTER_ENV:-$here/cluster.env}
 if [[ -f $site ]]; then source "$site"; fi
 python=${PYTHON:-python}
 
-export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # with --exclusive the second one is all that the node has
+export RANKS_PER_NODE=${RANKS_PER_NODE:-${gpus##*:}}
 export PRETRAIN_WORLD_SIZE=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
 export PRETRAIN_INCARNATION=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
