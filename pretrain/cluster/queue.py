@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pretrain.cluster.job import OVER, ask
 
@@ -27,8 +28,16 @@ class QueuedJob:
     def is_alive(self) -> bool:
         return self.state not in ENDED
 
-    def is_one_of(self, job_ids: Collection[str]) -> bool:
-        return self.job_id in job_ids or self.array_id in job_ids
+
+def jobs_of(events: Collection[dict[str, Any]], queue: Iterable[QueuedJob]) -> list[QueuedJob]:
+    """Those of a run with these events in jobs.jsonl.
+
+    An array that was submitted for the run is all its own. One of which a part trained it may be a study, whose other
+    parts train other runs.
+    """
+    own = {str(event["job_id"]) for event in events}
+    arrays = {str(event["job_id"]) for event in events if event["event"] == "submit"}
+    return [job for job in queue if job.job_id in own or job.array_id in arrays]
 
 
 def read_queue() -> list[QueuedJob] | None:

@@ -49,7 +49,8 @@ class RunRecords:
 
     @property
     def is_done(self) -> bool:
-        return self.train_steps is not None and self.checkpoint_step is not None and self.step >= self.train_steps
+        """Whether its last step is saved."""
+        return self.train_steps is not None and (self.checkpoint_step or 0) >= self.train_steps
 
 
 def read_run(path: Path) -> RunRecords:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.cluster.queue import QueuedJob, read_queue
+from pretrain.cluster.queue import QueuedJob, jobs_of, read_queue
 from pretrain.cluster.run_records import RunRecords, read_run
 from pretrain.console import age_in_words, say
 from pretrain.errors import UserError
@@ -59,9 +59,11 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
         entries = {entry.name: entry for entry in os.scandir(folder)}
     except OSError:
         return
+    if "manifest.json" in entries:  # prepared data
+        return
     if any(name in entries for name in SIGNS_OF_A_RUN):
         yield folder
-    elif depth and "manifest.json" not in entries:  # prepared data
+    elif depth:
         for entry in entries.values():
             if entry.is_dir():
                 yield from _runs_below(folder / entry.name, depth - 1)
@@ -93,8 +95,7 @@ def _row(path: Path, queue: Sequence[QueuedJob] | None) -> dict[str, Any]:
 
 def _state(run: RunRecords, queue: Sequence[QueuedJob] | None) -> tuple[str, str | None, str]:
     """State, the number of the job that it is about, and the reason."""
-    ids = {str(event["job_id"]) for event in run.jobs}
-    jobs = [job for job in queue or () if job.is_one_of(ids)]
+    jobs = jobs_of(run.jobs, queue or ())
     last = run.jobs[-1] if run.jobs else None
     stop = "STOP is there: no training starts until it is deleted" if run.folder.stop_file.exists() else ""
     for job in sorted((job for job in jobs if job.is_alive), key=lambda job: job.state not in WORKING):
@@ -124,6 +125,8 @@ def _after(last: dict[str, Any], jobs: dict[str, QueuedJob], asked: bool) -> tup
     """State and reason of a run whose last word about jobs was this, none of which is alive as far as is known."""
     job_id, event = str(last["job_id"]), last["event"]
     ended = jobs.get(job_id)
+    if ended is not None and ended.state == "CANCELLED" and event != "end":
+        return "stopped", f"job {job_id} was cancelled"
     if event == "end":
         action, reason = str(last.get("action")), str(last.get("reason", ""))
         if action == "requeued" and asked:

@@ -26,7 +26,7 @@ from pretrain.cluster.job_script import (
     site_environment,
 )
 from pretrain.cluster.memory import RankMemory, memory_per_rank
-from pretrain.cluster.queue import read_queue
+from pretrain.cluster.queue import jobs_of, read_queue
 from pretrain.cluster.run_records import tail_records
 from pretrain.commands import check_run, is_done, text_as_given
 from pretrain.console import bytes_in_words, say
@@ -199,13 +199,11 @@ def _hand_over(folder: RunFolder, recipe: Recipe, given: str, script: str, reque
 
 
 def _refuse_second_job(folder: RunFolder) -> None:
-    mine = {str(event["job_id"]) for event in read_events(folder.jobs_file) if "job_id" in event}
-    if not mine:
-        return
-    for job in read_queue() or ():
-        if job.is_alive and job.is_one_of(mine):
+    events = [event for event in read_events(folder.jobs_file) if "job_id" in event]
+    for job in jobs_of(events, (read_queue() or ()) if events else ()):
+        if job.is_alive:
             raise UserError(
-                f"{folder.path} has a job, {job.job_id} ({job.state.lower()}): wait for it, or scancel {job.job_id}"
+                f"{folder.path} has a job, {job.array_id} ({job.state.lower()}): wait for it, or scancel {job.array_id}"
             )
 
 
@@ -219,7 +217,8 @@ def _sbatch(script: Path) -> str:
         raise UserError(f"sbatch gave no answer: {error}") from error
     job_id = done.stdout.strip().partition(";")[0]
     if done.returncode or not job_id.isdigit():
-        words = "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
+        lines = (done.stderr or done.stdout).splitlines()
+        words = "; ".join(line.removeprefix("sbatch: error: ").strip() for line in lines if line.strip())
         raise UserError(f"sbatch refused: {words or f'exit code {done.returncode}'}")
     return job_id
 
