@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, line = int(getattr(importlib.import_module(module), function)(options) or 0), ""
     except UserError as error:
         code, line = EXIT_USER_ERROR, f"error: {error}"
+        note_end(code, line, common=error.on_all_ranks)
         if error.on_all_ranks and os.environ.get("RANK", "0") != "0":
-            note_end(code, line)
             return code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR):

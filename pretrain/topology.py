@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from pretrain.cluster.job import node_name
 from pretrain.cluster.meeting import Meeting, Whereabouts
 from pretrain.errors import PreflightError, RecipeError, UserError
 from pretrain.recipe import Recipe
@@ -55,11 +55,6 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
             continue  # a shell or a single task, which may start ranks of its own
         return Place(rank, world_size, local_rank)
     return None
-
-
-def node_name(environment: Mapping[str, str] = os.environ) -> str:
-    """This machine as SLURM calls it, or as it calls itself."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def asked_world_size(environment: Mapping[str, str] = os.environ) -> int | None:

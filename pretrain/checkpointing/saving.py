@@ -30,6 +30,7 @@ from pretrain.checkpointing.fragments import optimizer_order
 from pretrain.checkpointing.portable import write_parameters
 from pretrain.checkpointing.split import Split, parameter_splits
 from pretrain.cluster.incarnation import leave_if_fenced
+from pretrain.cluster.job import node_name
 from pretrain.errors import CheckpointError
 from pretrain.files import file_sha256, sync_folder, write_text
 from pretrain.recipe import CheckpointRecipe
@@ -138,12 +139,14 @@ class CheckpointSaver:
 
     def _finish(self, save: _Save) -> None:
         self._files.write_pending()
-        reports = self._gather((self._files.written, self._files.error))
-        errors = [f"{error} (rank {rank})" for rank, (_, error) in enumerate(reports) if error is not None]
+        reports = self._gather((self._files.written, self._files.error, node_name()))
+        errors = [
+            f"{error} (rank {rank} on {node})" for rank, (_, error, node) in enumerate(reports) if error is not None
+        ]
         error = errors[0] if errors else None
         if self._topology.is_first and error is None:
             try:
-                self._commit(save, {name: entry for written, _ in reports for name, entry in written.items()})
+                self._commit(save, {name: entry for written, _, _ in reports for name, entry in written.items()})
             except OSError as failure:
                 error = f"{failure.filename or save.temporary}: {failure.strerror or failure}"
         error = self._from_first(error)

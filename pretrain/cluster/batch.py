@@ -80,16 +80,22 @@ def _end(logs: Path, launcher_code: int) -> int:
             action = "requeued"
     is_training = logs.name == job.incarnation
     if is_training:
-        facts: dict[str, Any] = {"code": code, "reason": reason, "step": step, "action": action}
-        record_event(
-            folder.jobs_file, "end", incarnation=job.incarnation, job_id=job.job_id, restarts=job.restarts, **facts
-        )
+        _record_end(folder, job, {"code": code, "reason": reason, "step": step, "action": action})
     where = f" (logs of each rank: {logs})" if action == "failed" else ""
     at = f" at step {step:,}" if is_training else ""
     print(f"job {job.incarnation} {action}{at}{reason and ': '}{reason}{where}", flush=True)
     if action == "requeued":
         ask(["scontrol", "requeue", job.job_id])
     return code
+
+
+def _record_end(folder: RunFolder, job: Job, facts: dict[str, Any]) -> None:
+    try:
+        record_event(
+            folder.jobs_file, "end", incarnation=job.incarnation, job_id=job.job_id, restarts=job.restarts, **facts
+        )
+    except OSError as error:  # what follows must still be said
+        print(f"cannot write {folder.jobs_file}: {error.strerror}", file=sys.stderr)
 
 
 def _run_folder(options: argparse.Namespace) -> RunFolder:

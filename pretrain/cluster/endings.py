@@ -10,14 +10,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import write_json
+from pretrain.cluster.job import node_name
 
 LOGS = "PRETRAIN_JOB_LOGS"
 # What a rank says that fails only because another one has gone.
@@ -32,6 +31,8 @@ LOST_PEER = (
 )
 TERMINATED = 128 + signal.SIGTERM
 STOPPED = os.EX_TEMPFAIL  # training.stopping.EXIT_STOPPED, which is in a module that imports torch
+
+RECORD_BYTES, REASON_CHARACTERS = 4096, 900  # of 4 bytes at most
 
 _facts: dict[str, Any] = {}
 
@@ -52,8 +53,8 @@ def begin_rank() -> None:
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    _facts.update(rank=rank, host=socket.gethostname(), pid=os.getpid(), began=time.time())
-    write_json(folder / f"rank_{rank:05d}.json", _facts)
+    _facts.update(rank=rank, host=node_name(), pid=os.getpid(), began=time.time())
+    _write(folder / f"rank_{rank:05d}.json")
 
 
 def note(**facts: Any) -> None:
@@ -61,14 +62,29 @@ def note(**facts: Any) -> None:
     _facts.update(facts)
 
 
-def note_end(code: int, reason: str = "") -> None:
-    """How this rank ends; the first word counts. Never fails: there may be no room for it on the disk."""
+def note_end(code: int, reason: str = "", *, common: bool = False) -> None:
+    """How this rank ends; the first word counts. Never fails.
+
+    Args:
+        common: all ranks found the same, and the reason names ranks and nodes itself.
+    """
     folder = log_folder()
     if folder is None or "code" in _facts:
         return
-    _facts.update(code=code, reason=reason.strip(), ended=time.time())
+    _facts.update(code=code, reason=reason.strip(), common=common, ended=time.time())
     with contextlib.suppress(OSError):
-        write_json(folder / f"rank_{_facts.get('rank', int(os.environ['RANK'])):05d}.json", _facts)
+        _write(folder / f"rank_{int(os.environ['RANK']):05d}.json")
+
+
+def _write(path: Path) -> None:
+    """In place and always of one size: what was written at the start has room for the end, on a full disk too."""
+    text = json.dumps(_facts | {"reason": _facts.get("reason", "")[:REASON_CHARACTERS]}, indent=2, ensure_ascii=False)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(descriptor, text.encode().ljust(RECORD_BYTES), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -102,29 +118,34 @@ def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
     failures = _failures(folder, ranks)
     silent = sorted(rank for rank in range(world_size) if codes.get(rank) is None)
     if not failures:
-        if not ranks:
-            return Ending(launcher_code or 1, f"no rank started; srun ended with {launcher_code}")
-        return Ending(launcher_code or 1, f"srun ended with {launcher_code}, and {_name(silent, ranks)} said nothing")
+        said = f"{_name(silent, ranks)} said nothing" if ranks and silent else "no rank said why"
+        return Ending(launcher_code or 1, f"srun ended with {launcher_code}, and {said}")
     first = min(failures, key=lambda failure: (_is_consequence(failure), failure["ended"]))
     code = first["code"] if first["code"] > 0 else 128 - first["code"]
-    reason = f"rank {first['rank']} on {first['host']}: {first['reason'] or f'exit code {code}'}"
-    others = [rank for rank in silent if rank != first["rank"]]
+    reason = " ".join(first["reason"].split()) or f"exit code {code}"
+    if not first.get("common"):
+        reason = f"{first['who']}: {reason}"
+    others = [rank for rank in silent if rank != first.get("rank")]
     if code == os.EX_SOFTWARE and others:
         reason += f"; {_name(others, ranks)} said nothing"
     return Ending(code, reason)
 
 
 def _failures(folder: Path, ranks: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record of each rank that failed: its own, or that of its node if it was killed."""
+    """One record of each rank that failed, its own, or that of its node if it was killed; and of nodes that failed."""
     failures = {
         rank: record for rank, record in ranks.items() if record.get("code") not in (None, 0, STOPPED, TERMINATED)
     }
+    nodes = []
     for node in _records(folder, "node_*.json"):
+        if "reason" in node:
+            nodes.append(node | {"who": node["host"]})
         for failure in node.get("failures", ()):
             rank = failure["rank"]
             if ranks.get(rank, {}).get("code") is None:
                 failures[rank] = failure | {"host": node["host"], "reason": _in_words(failure["code"])}
-    return list(failures.values())
+    ranks_that_failed = [record | {"who": f"rank {rank} on {record['host']}"} for rank, record in failures.items()]
+    return ranks_that_failed + nodes
 
 
 def _in_words(code: int) -> str:

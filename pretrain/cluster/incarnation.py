@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
 from pretrain.cluster.endings import note_end
-from pretrain.cluster.job import Job, is_over
+from pretrain.cluster.job import Job, is_over, node_name
 from pretrain.files import write_text
 from pretrain.run_lock import run_lock
 
@@ -51,7 +50,7 @@ def leave_if_fenced(folder: Path) -> None:
     if token is None or (found := _read(folder)) == token:
         return
     line = (
-        f"incarnation {token} on {socket.gethostname()} leaves and writes nothing more: the run belongs to "
+        f"incarnation {token} on {node_name()} leaves and writes nothing more: the run belongs to "
         f"{found or 'another training'} now"
     )
     print(line, file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,11 @@ def job_from_environment(environment: Mapping[str, str] = os.environ) -> Job:
         environment.get("SLURM_ARRAY_JOB_ID", job_id),
         tuple(nodes),
     )
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine as SLURM calls it, or as it calls itself."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def ask(command: Sequence[str]) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from pretrain.cluster.endings import LOGS
-from pretrain.cluster.job import ask
+from pretrain.cluster.job import ask, node_name
 from pretrain.files import write_json
 from pretrain.training.stopping import hold_back_signals
 
@@ -28,16 +30,19 @@ def main(arguments: Sequence[str]) -> int:
         0, or the exit code of the rank that failed first.
     """
     job_id, nodes = os.environ["SLURM_JOB_ID"], os.environ["SLURM_JOB_NUM_NODES"]
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     first = ask(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()[0]
     if arguments[0] == "train":
         hold_back_signals()
+    # Another one for each start, as ranks of an older one may live on.
+    port = 20_000 + (int(job_id) + 7919 * restarts) % 20_000
     try:
         torchrun.main(
             [
                 f"--nnodes={nodes}",
                 f"--nproc-per-node={os.environ['RANKS_PER_NODE']}",
                 "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={first}:{20_000 + int(job_id) % 20_000}",
+                f"--rdzv-endpoint={first}:{port}",
                 f"--rdzv-id={os.environ['PRETRAIN_INCARNATION']}",
                 "--max-restarts=0",
                 "--module",
@@ -45,16 +50,23 @@ def main(arguments: Sequence[str]) -> int:
                 *arguments,
             ]
         )
-    except ChildFailedError as error:
+    except Exception as error:  # torchrun itself: no place for its files, nodes that do not meet
+        if not isinstance(error, ChildFailedError):
+            _note({"code": 1, "reason": f"torchrun: {type(error).__name__}: {error}", "ended": time.time()})
+            raise
         failures = [
             {"rank": rank, "code": failure.exitcode, "ended": float(failure.timestamp)}
             for rank, failure in error.failures.items()
         ]
-        host = socket.gethostname()
-        write_json(Path(os.environ[LOGS]) / f"node_{host}.json", {"host": host, "failures": failures})
+        _note({"failures": failures})
         code = int(error.get_first_failure()[1].exitcode)
         return code if code > 0 else 128 - code
     return 0
+
+
+def _note(record: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the ranks' own words have to do
+        write_json(Path(os.environ[LOGS]) / f"node_{node_name()}.json", {"host": node_name()} | record)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.cluster import endings
 from pretrain.cluster.endings import how_it_ended
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def test_a_hang_names_the_ranks_that_said_nothing(tmp_path):
 
 
 def test_no_rank_started(tmp_path):
-    assert "no rank started" in how_it_ended(tmp_path, 4, 1).reason
+    assert "no rank said why" in how_it_ended(tmp_path, 4, 1).reason
     (tmp_path / "rank_00000.json").write_text('{"rank": 0, "host"')  # torn by a full disk
     assert how_it_ended(tmp_path, 4, 0).code == 1
 
@@ -103,3 +104,36 @@ def test_signal_names_of_an_unknown_signal(tmp_path):
     rank(tmp_path, 0)
     node(tmp_path, "node0", r0=-int(signal.SIGRTMIN) - 1)
     assert "killed by" in how_it_ended(tmp_path, 1, 1).reason
+
+
+def test_all_ranks_found_the_same(tmp_path):
+    for number in range(2):
+        rank(tmp_path, number, 2, "error: node9 has\nanother clock", common=True)
+    assert how_it_ended(tmp_path, 2, 2).reason == "error: node9 has another clock"
+
+
+def test_a_node_on_which_no_rank_started(tmp_path):
+    rank(tmp_path, 0, 1, GLOO, ended=98.0)
+    record = {"host": "node1", "code": 1, "reason": "torchrun: OSError: no room", "ended": 99.0}
+    (tmp_path / "node_node1.json").write_text(json.dumps(record))
+    assert how_it_ended(tmp_path, 2, 1).reason == "node1: torchrun: OSError: no room"
+
+
+def test_all_ranks_were_terminated(tmp_path):
+    for number in range(2):
+        rank(tmp_path, number, 143)
+    assert how_it_ended(tmp_path, 2, 143).reason == "srun ended with 143, and no rank said why"
+
+
+def test_the_record_of_the_end_takes_no_more_room(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("PRETRAIN_JOB_LOGS", str(tmp_path))
+    monkeypatch.setattr(endings, "_facts", {"rank": 2, "host": "node1"})
+    path = tmp_path / "rank_00002.json"
+    endings._write(path)
+    before = path.stat()
+    endings.note_end(2, "\U0001f600" * 2000)
+    endings.note_end(0, "too late")
+    after = path.stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size) and after.st_size == 4096
+    assert json.loads(path.read_text())["code"] == 2
