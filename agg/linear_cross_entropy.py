@@ -11,7 +11,7 @@ of P^T H, applied to [V_local, D] and not to each [C, V_local]. The target's own
 adding to its row. So the gates cost next to nothing beyond three matmuls.
 
 With z-loss (PaLM, arXiv 2204.02311, section 5: ``c log^2 Z``) and soft-capped logits (Gemma 2, arXiv 2408.00118,
-section 2: ``z = cap tanh(s / cap)``), ``P - Y`` is replaced by ``((1 + 2 c log Z) P - Y) * (1 - tanh^2)``, gated the same.
+section 2: ``z = cap tanh(s / cap)``), ``((1 + 2 c log Z) P - Y) * (1 - tanh^2)`` stands for ``P - Y``, gated the same.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def gated_linear_cross_entropy(
 ) -> torch.Tensor:
     """``cross_entropy(hidden @ weight.T, target)`` whose gradient of ``weight`` passes through ``gates``.
 
-    The forward value is the plain cross-entropy, whatever the gates and ``z_loss``. Logits exist only a chunk at a time; for reductions to a scalar
-    the gradients are formed in the same pass. Sums are in float32 at least, whatever the inputs.
+    The forward value is the plain cross-entropy, whatever the gates and ``z_loss``. Logits exist only a chunk at a
+    time; for reductions to a scalar the gradients are formed in the same pass. Sums are in float32 at least, whatever
+    the inputs.
 
     Args:
         hidden: [T, D], the same on all tensor-parallel ranks. Its gradient is complete on each of them.

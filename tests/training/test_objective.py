@@ -28,7 +28,7 @@ def build(**fields):
 
 def rare_after_one_step(objective) -> set[int]:
     ids = torch.repeat_interleave(torch.arange(100), torch.from_numpy(COUNTS))
-    objective.begin_step(ids)
+    objective.begin_step(ids, 1)
     return set(objective.module.current_gates().rare.nonzero().squeeze(1).tolist())
 
 
@@ -49,10 +49,10 @@ def test_label_smoothing_reaches_the_loss(method):
     objective = build(method=method, label_smoothing=0.2)
     assert isinstance(objective, GatedObjective) == (method == "agg")
     hidden, weight, target = torch.randn(9, 4), torch.randn(128, 4), torch.randint(4, 90, (9,))
-    objective.begin_step(target)
+    objective.begin_step(target, 1)
     expected = gated_linear_cross_entropy(hidden, weight, target, None, SHARD, reduction="sum", label_smoothing=0.2)
     assert torch.allclose(objective.loss(hidden, weight, target), expected)
-    assert not torch.allclose(expected, PlainObjective(SHARD, 0.0).loss(hidden, weight, target))
+    assert not torch.allclose(expected, PlainObjective(ObjectiveRecipe(), SHARD).loss(hidden, weight, target))
 
 
 def test_matrices_decay_and_vectors_do_not():
