@@ -97,9 +97,9 @@ class ModelRecipe:
 class ObjectiveRecipe:
     """``mle`` is the plain cross-entropy, ``agg`` the same with gated output-embedding gradients.
 
-    How the rare rows of ``agg`` are treated until ``switch_step`` and after it (arXiv 2109.03127, section 3 and ablations):
-    ``gate`` as the method says; ``block`` with gates of 0, so that only a row's own targets train it; ``freeze`` so
-    that nothing moves the row, and if tied neither does the input side; ``train`` as plain training does.
+    How the rare rows of ``agg`` are treated until ``switch_step`` and after it (arXiv 2109.03127, section 3 and its
+    ablations): ``gate`` as the method says; ``block`` with gates of 0, so that only a row's own targets train it;
+    ``freeze`` so that nothing moves the row, and if tied neither does the input side; ``train`` as plain training.
     """
 
     method: Literal["mle", "agg"] = "agg"

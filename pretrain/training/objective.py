@@ -39,7 +39,7 @@ class PlainObjective:
         loss, recipe = self._cross_entropy(hidden, weight, target), self._recipe
         for factor, penalty in ((recipe.cosine_penalty, cosine_penalty), (recipe.mean_penalty, mean_penalty)):
             if factor:
-                loss = loss + factor * (target != -100).sum() * penalty(weight, self._shard)
+                loss = loss + factor * (penalty(weight, self._shard) * (target != -100).sum())
         return loss
 
     def _cross_entropy(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -103,22 +103,22 @@ class RowUpdates:
             self._couple(optimizer)
         frozen = self._frozen_rows()
         if frozen is not None:
-            for piece, _, old in self._stepping:
+            for piece, _group, old in self._stepping:
                 values = piece.of(piece.flat)
                 values.copy_(torch.where(self._elements(piece, frozen), old, values))
         if self._centers:
-            mean = self._mean([(piece, piece.of(piece.flat)) for piece, _, _ in self._stepping])
-            for piece, _, _ in self._stepping:
+            mean = self._mean([(piece, piece.of(piece.flat)) for piece, _group, _old in self._stepping])
+            for piece, _group, _old in self._stepping:
                 for part, mean_part in _by_column(piece.of(piece.flat), piece.start, mean):
                     part -= mean_part
         self._stepping = []
 
     def _couple(self, optimizer: torch.optim.Optimizer) -> None:
         """Take Adam's step back where it was, and make it again with the mean of the second moments."""
-        moments = [(piece, piece.of(optimizer.state[piece.flat]["exp_avg_sq"])) for piece, _, _ in self._stepping]
-        mean = self._mean(moments)
+        states, pieces = optimizer.state, [piece for piece, _group, _old in self._stepping]
+        mean = self._mean([(piece, piece.of(states[piece.flat]["exp_avg_sq"])) for piece in pieces])
         for piece, group, old in self._stepping:
-            state, (beta1, beta2), rate = optimizer.state[piece.flat], group["betas"], group["lr"]
+            state, (beta1, beta2), rate = states[piece.flat], group["betas"], group["lr"]
             steps = float(state["step"])
             for part, mean_part in _by_column(piece.of(state["exp_avg_sq"]), piece.start, mean):
                 part.copy_(mean_part.expand_as(part))
