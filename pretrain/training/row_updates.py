@@ -48,9 +48,9 @@ class RowUpdates:
 
     Args:
         couples: Coupled Adam (arXiv 2502.08441): the second moments ``v_k`` of the rows are replaced by their mean
-            over the vocabulary, ``1 / V sum_k v_k`` [D], before they scale the update. Averaging commutes with the
-            moving average and with its bias correction, so keeping the mean as Adam's state is the same. Tied, all of
-            the embedding is coupled; untied, the output side, whose updates it is about.
+            over the vocabulary, ``1 / V sum_k v_k`` [D], where they scale the update; Adam's state keeps those of the
+            rows, as the mean of moving averages is the moving average of the mean. Tied, all of the embedding is
+            coupled; untied, the output side, whose updates the paper is about.
         centers: mu-centering (arXiv 2601.02031): ``w_k -= 1 / V sum_j w_j`` after the update. Tied, the input
             embedding is the same matrix and is centered with it.
         frozen_rows: bool [V_local], rows that this step leaves as they are, input side included if tied: they get no
@@ -120,8 +120,6 @@ class RowUpdates:
         for piece, group, old in self._stepping:
             state, (beta1, beta2), rate = states[piece.flat], group["betas"], group["lr"]
             steps = float(state["step"])
-            for part, mean_part in _by_column(piece.of(state["exp_avg_sq"]), piece.start, mean):
-                part.copy_(mean_part.expand_as(part))
             scale = (mean / (1 - beta2**steps)).sqrt() + group["eps"]
             values, momentum = piece.of(piece.flat), piece.of(state["exp_avg"])
             values.copy_(old).mul_(1 - rate * group["weight_decay"])
