@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from operator import sub
 
 import pytest
 import torch
@@ -106,7 +107,8 @@ def test_a_switch_acts_from_its_step_on(alone, prepared_recipe, tmp_path):
     """The loss of a step is measured before its update."""
     gated = alone(None)
     for name in ("ungate", "freeze"):
-        assert alone(name)[:3] == gated[:3] and abs(alone(name)[-1] - gated[-1]) > 1e-4
+        assert alone(name)[:3] == gated[:3] and alone(name)[3] != gated[3]
+        assert max(map(abs, map(sub, alone(name), gated))) > 5e-5  # losses are equal to 2e-5 below
     plain = change(prepared_recipe, output_root=str(tmp_path), objective={"method": "mle"})
     plain_losses = [record["loss"] for record in train_on_ranks(plain, 1)]
     assert alone("gate late")[:3] == pytest.approx(plain_losses[:3], abs=1e-5)
