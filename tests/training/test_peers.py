@@ -38,7 +38,7 @@ def alone(prepared_recipe, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("tensor_parallel", "world_size", "stage"), [(1, 2, 0), (2, 2, 2), (2, 4, 3)])
+@pytest.mark.parametrize(("tensor_parallel", "world_size", "stage"), [(1, 2, 1), (2, 4, 3)])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_run_is_the_same_on_every_layout(prepared_recipe, alone, tmp_path, name, tensor_parallel, world_size, stage):
     parallel = {"tensor_model_parallel_size": tensor_parallel, "sharding": f"zero{stage}"}
@@ -56,7 +56,7 @@ def test_a_run_is_the_same_on_every_layout(prepared_recipe, alone, tmp_path, nam
 def test_each_acts(alone, name):
     records, plain = alone(name), alone("agg" if name.startswith("agg") else "mle")
     assert abs(records[-1]["loss"] - plain[-1]["loss"]) > 1e-3
-    if name in ("cosine", "mean", "agg and all"):
+    if name in ("cosine", "mean"):
         assert abs(records[-1]["mean_cosine"]) < 0.5 * abs(plain[-1]["mean_cosine"])
         assert records[0]["loss"] == pytest.approx(plain[0]["loss"], abs=0.01)  # the cross-entropy, no penalty in it
     if name == "soft-capped":  # validation is of the model that is trained
