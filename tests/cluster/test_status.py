@@ -40,7 +40,7 @@ def make_run(tmp_path):
     def make(name: str = "a", steps: tuple[int, ...] = (), records: int = 0, events: object = (), **files: str) -> Path:
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        recipe = change(small_recipe(Path("text"), Path("data")), name=name, batch={"train_steps": 100})
+        recipe = change(small_recipe(Path("text"), Path("data")), name=Path(name).name, batch={"train_steps": 100})
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
         for step in steps:
             (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
@@ -109,6 +109,12 @@ def test_states_without_jobs(slurm, make_run, row_of):
     assert row_of(make_run("nearly", steps=(50,), records=100))["state"] == "stopped"  # its last is not saved
     stopped = row_of(make_run("asked", records=3, STOP=""))
     assert stopped["state"] == "stopped" and "STOP is there" in stopped["reason"]
+
+
+def test_the_part_of_a_chain_that_runs(slurm, make_run, row_of):
+    slurm.queue("101|101|PENDING|0:00||JobArrayTaskLimit", "102|101|RUNNING|0:09|node1|None")
+    row = row_of(make_run(records=5, events=[SUBMIT]))
+    assert (row["state"], row["job_id"]) == ("running", "102")
 
 
 def test_done_although_the_rest_of_its_chain_waits(slurm, make_run, row_of):
