@@ -103,11 +103,13 @@ def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
     silent = sorted(rank for rank in range(world_size) if codes.get(rank) is None)
     if not failures:
         if not ranks:
-            return Ending(launcher_code or 1, f"no rank started; srun ended with {launcher_code}")
+            words = "".join(f"; {words}" for words in _last_words_of_nodes(folder))
+            return Ending(launcher_code or 1, f"no rank started; srun ended with {launcher_code}{words}")
         return Ending(launcher_code or 1, f"srun ended with {launcher_code}, and {_name(silent, ranks)} said nothing")
     first = min(failures, key=lambda failure: (_is_consequence(failure), failure["ended"]))
     code = first["code"] if first["code"] > 0 else 128 - first["code"]
-    reason = f"rank {first['rank']} on {first['host']}: {first['reason'] or f'exit code {code}'}"
+    words = " ".join(first["reason"].split())  # one line of a list of problems
+    reason = f"rank {first['rank']} on {first['host']}: {words or f'exit code {code}'}"
     others = [rank for rank in silent if rank != first["rank"]]
     if code == os.EX_SOFTWARE and others:
         reason += f"; {_name(others, ranks)} said nothing"
@@ -125,6 +127,17 @@ def _failures(folder: Path, ranks: dict[int, dict[str, Any]]) -> list[dict[str, 
             if ranks.get(rank, {}).get("code") is None:
                 failures[rank] = failure | {"host": node["host"], "reason": _in_words(failure["code"])}
     return list(failures.values())
+
+
+def _last_words_of_nodes(folder: Path) -> list[str]:
+    """What the launchers of nodes said before they ended, of those that said anything; not what SLURM says to all."""
+    said = []
+    for path in sorted(folder.glob("node_*.log")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        own = [line.strip() for line in lines if line.strip() and not line.startswith(("srun:", "slurmstepd"))]
+        if own:
+            said.append(f"{path.stem.removeprefix('node_')}: {own[-1]}")
+    return said[:4]
 
 
 def _in_words(code: int) -> str:
