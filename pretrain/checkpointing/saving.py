@@ -33,7 +33,7 @@ from pretrain.cluster.incarnation import leave_if_fenced
 from pretrain.errors import CheckpointError
 from pretrain.files import file_sha256, sync_folder, write_text
 from pretrain.recipe import CheckpointRecipe
-from pretrain.topology import TIMEOUT, Topology
+from pretrain.topology import TIMEOUT, Topology, node_name
 from pretrain.versions import versions
 
 VISIBLE_SECONDS = 60.0  # network file systems may show another node's file that much later
@@ -138,8 +138,9 @@ class CheckpointSaver:
 
     def _finish(self, save: _Save) -> None:
         self._files.write_pending()
-        reports = self._gather((self._files.written, self._files.error))
-        errors = [f"{error} (rank {rank})" for rank, (_, error) in enumerate(reports) if error is not None]
+        here = f"rank {self._topology.rank} on {node_name()}"
+        reports = self._gather((self._files.written, self._files.error and f"{self._files.error} ({here})"))
+        errors = [error for _, error in reports if error is not None]
         error = errors[0] if errors else None
         if self._topology.is_first and error is None:
             try:

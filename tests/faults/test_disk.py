@@ -19,6 +19,7 @@ from pretrain.model.size import checkpoint_bytes
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder
+from pretrain.topology import node_name
 from tests.distributed import run_ranks
 from tests.faults.harness import exact, resume_rank, same_state
 from tests.small_runs import change, on_ranks, train_on_ranks
@@ -63,7 +64,7 @@ def test_one_rank_cannot_write(calm, begun, limited, background):
     checkpoints = RunFolder(recipe.run_folder).checkpoints
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"cannot save the checkpoint step_00000004: {checkpoints / 'tmp_step_00000004_'}")
-    assert f"File too large (rank {limited})" in messages[0]
+    assert f"File too large (rank {limited} on {node_name()})" in messages[0]
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step_00000002"]
     assert problems_of(checkpoints / "step_00000002") == []
     assert run_ranks(resume_rank, 2, recipe) == ["", ""]
