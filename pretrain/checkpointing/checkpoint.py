@@ -5,6 +5,7 @@ They are written by :mod:`pretrain.checkpointing.saving`.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from pretrain.checkpointing.portable_load import load_portable, seed_of_resume
 from pretrain.console import say
 from pretrain.errors import CheckpointError, DamagedCheckpoint
 from pretrain.randomness import seed_everything
+from pretrain.recipe import ModelRecipe, ObjectiveRecipe, OptimizerRecipe
 from pretrain.recipe_io import flatten
 from pretrain.topology import Topology
 
-CHANGEABLE = ("data_sha256", "tokenizer_sha256", "recipe_sha256", "optimizer.")  # of the identity, if asked for
+CHANGEABLE = ("data_sha256", "tokenizer_sha256", "optimizer.")  # of the identity, if asked for
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,21 @@ def _verify(checkpoint: Path, topology: Topology) -> None:
         raise DamagedCheckpoint(checkpoint, list(problems))
 
 
+def _settings_by_default() -> dict[str, Any]:
+    """What a checkpoint of an earlier version, which did not have a setting yet, was trained with."""
+    sections = {"model": ModelRecipe, "optimizer": OptimizerRecipe, "objective": ObjectiveRecipe}
+    return {
+        f"{name}.{field.name}": list(field.default) if isinstance(field.default, tuple) else field.default
+        for name, section in sections.items()
+        for field in dataclasses.fields(section)
+        if field.default is not dataclasses.MISSING
+    }
+
+
 def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:
-    there, here = flatten(saved), flatten(now)
+    here = flatten(now)
+    there = {key: value for key, value in _settings_by_default().items() if key in here} | flatten(saved)
+    there.pop("recipe_sha256", None)  # of what is compared one by one; earlier versions saved it
     free = CHANGEABLE if allow_changes else ()
     differences = [
         f"{key}: saved with {there.get(key)}, now {here.get(key)}"

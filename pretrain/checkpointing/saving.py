@@ -139,14 +139,13 @@ class CheckpointSaver:
 
     def _finish(self, save: _Save) -> None:
         self._files.write_pending()
-        reports = self._gather((self._files.written, self._files.error, node_name()))
-        errors = [
-            f"{error} (rank {rank} on {node})" for rank, (_, error, node) in enumerate(reports) if error is not None
-        ]
+        here = f"rank {self._topology.rank} on {node_name()}"
+        reports = self._gather((self._files.written, self._files.error and f"{self._files.error} ({here})"))
+        errors = [error for _, error in reports if error is not None]
         error = errors[0] if errors else None
         if self._topology.is_first and error is None:
             try:
-                self._commit(save, {name: entry for written, _, _ in reports for name, entry in written.items()})
+                self._commit(save, {name: entry for written, _ in reports for name, entry in written.items()})
             except OSError as failure:
                 error = f"{failure.filename or save.temporary}: {failure.strerror or failure}"
         error = self._from_first(error)

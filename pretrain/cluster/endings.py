@@ -118,11 +118,14 @@ def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
     failures = _failures(folder, ranks)
     silent = sorted(rank for rank in range(world_size) if codes.get(rank) is None)
     if not failures:
-        said = f"{_name(silent, ranks)} said nothing" if ranks and silent else "no rank said why"
+        if not ranks:
+            words = "".join(f"; {words}" for words in _last_words_of_nodes(folder))
+            return Ending(launcher_code or 1, f"no rank started; srun ended with {launcher_code}{words}")
+        said = f"{_name(silent, ranks)} said nothing" if silent else "no rank said why"
         return Ending(launcher_code or 1, f"srun ended with {launcher_code}, and {said}")
     first = min(failures, key=lambda failure: (_is_consequence(failure), failure["ended"]))
     code = first["code"] if first["code"] > 0 else 128 - first["code"]
-    reason = " ".join(first["reason"].split()) or f"exit code {code}"
+    reason = " ".join(first["reason"].split()) or f"exit code {code}"  # one line of a list of problems
     if not first.get("common"):
         reason = f"{first['who']}: {reason}"
     others = [rank for rank in silent if rank != first.get("rank")]
@@ -146,6 +149,17 @@ def _failures(folder: Path, ranks: dict[int, dict[str, Any]]) -> list[dict[str, 
                 failures[rank] = failure | {"host": node["host"], "reason": _in_words(failure["code"])}
     ranks_that_failed = [record | {"who": f"rank {rank} on {record['host']}"} for rank, record in failures.items()]
     return ranks_that_failed + nodes
+
+
+def _last_words_of_nodes(folder: Path) -> list[str]:
+    """What the launchers of nodes said before they ended, of those that said anything; not what SLURM says to all."""
+    said = []
+    for path in sorted(folder.glob("node_*.log")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        own = [line.strip() for line in lines if line.strip() and not line.startswith(("srun:", "slurmstepd"))]
+        if own:
+            said.append(f"{path.stem.removeprefix('node_')}: {own[-1]}")
+    return said[:4]
 
 
 def _in_words(code: int) -> str:

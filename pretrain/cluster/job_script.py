@@ -72,7 +72,6 @@ def job_script(request: JobRequest, logs: Path, arguments: Sequence[str], site: 
     options = {
         "job-name": request.name,
         "nodes": request.nodes,
-        "ntasks-per-node": 1,
         "gpus-per-node": request.gpus_per_node,
         "time": request.time_limit,
         "array": request.array,

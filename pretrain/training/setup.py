@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +51,6 @@ class Run:
             "data_sha256": self.prepared.sha256,
             "tokenizer_sha256": self.prepared.tokenizer.sha256,
             "vocab_size": self.prepared.vocab_size,
-            "recipe_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
             **settings,
         }
 

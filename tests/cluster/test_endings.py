@@ -81,9 +81,18 @@ def test_a_hang_names_the_ranks_that_said_nothing(tmp_path):
 
 
 def test_no_rank_started(tmp_path):
-    assert "no rank said why" in how_it_ended(tmp_path, 4, 1).reason
+    assert "no rank started" in how_it_ended(tmp_path, 4, 1).reason
     (tmp_path / "rank_00000.json").write_text('{"rank": 0, "host"')  # torn by a full disk
     assert how_it_ended(tmp_path, 4, 0).code == 1
+    (tmp_path / "node_node1.log").write_text("slurmstepd-node1: error: *** STEP 1.0 ON node1 CANCELLED ***\n")
+    (tmp_path / "node_node2.log").write_text("Traceback\n  File x\nModuleNotFoundError: No module named 'torch'\n\n")
+    reason = how_it_ended(tmp_path, 4, 1).reason
+    assert reason == "no rank started; srun ended with 1; node2: ModuleNotFoundError: No module named 'torch'"
+
+
+def test_a_list_of_problems_is_one_line(tmp_path):
+    rank(tmp_path, 0, 2, "error: 2 problems:\n  - one\n  - two")
+    assert how_it_ended(tmp_path, 1, 2).reason == "rank 0 on node0: error: 2 problems: - one - two"
 
 
 @pytest.mark.parametrize(

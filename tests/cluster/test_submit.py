@@ -61,7 +61,7 @@ def test_submitted_and_recorded(home, slurm):
     assert script == folder.job_script.read_text()
     options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert {
-        "--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=1", "--time=1-00:00:00", "--requeue", "--open-mode=append",
+        "--nodes=2", "--gpus-per-node=2", "--time=1-00:00:00", "--requeue", "--open-mode=append",
         "--signal=USR1@300", f'--output="{folder.logs}/slurm-%j.out"', '--job-name="it\'s"', "--exclusive",
     } == set(options)  # fmt: skip
     assert folder.logs.is_dir()  # or SLURM could not open the output

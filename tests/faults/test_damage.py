@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from pretrain.checkpointing.folder import checkpoints_in, problems_of
+from pretrain.checkpointing.folder import checkpoints_in, problems_of, read_manifest, write_manifest
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
 from tests.faults.harness import DAMAGES, damage_each_file, exact, flip_bit, resume_rank, same_state
@@ -110,6 +110,16 @@ def test_another_learning_rate_is_named(copy):
     other = change(copy, optimizer={"learning_rate": 0.5})
     for message in run_ranks(resume_rank, 2, other):
         assert "is of another run (optimizer.learning_rate: saved with 0.003, now 0.5" in message
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(copy):
+    checkpoint = RunFolder(copy.run_folder).checkpoints / "step_00000006"
+    manifest = read_manifest(checkpoint)
+    del manifest["identity"]["objective"]["z_loss"]
+    write_manifest(checkpoint, manifest)
+    for message in run_ranks(resume_rank, 2, change(copy, objective={"z_loss": 0.5})):
+        assert "is of another run (objective.z_loss: saved with 0.0, now 0.5" in message
+    assert run_ranks(resume_rank, 2, copy) == ["", ""]
 
 
 @pytest.mark.parametrize("damaged", [False, True])

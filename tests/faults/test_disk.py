@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pretrain.checkpointing.folder import checkpoints_in, problems_of
+from pretrain.cluster.job import node_name
 from pretrain.data.prepare import PreparedData
 from pretrain.model.size import checkpoint_bytes
 from pretrain.recipe import Recipe
@@ -63,7 +64,7 @@ def test_one_rank_cannot_write(calm, begun, limited, background):
     checkpoints = RunFolder(recipe.run_folder).checkpoints
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"cannot save the checkpoint step_00000004: {checkpoints / 'tmp_step_00000004_'}")
-    assert f"File too large (rank {limited} on " in messages[0]
+    assert f"File too large (rank {limited} on {node_name()})" in messages[0]
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step_00000002"]
     assert problems_of(checkpoints / "step_00000002") == []
     assert run_ranks(resume_rank, 2, recipe) == ["", ""]

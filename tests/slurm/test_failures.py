@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+import resource
 import signal
 
 import pytest
 
+from tests.slurm.cluster import ROOT
 from tests.slurm.runs import MID_RUN, ONE_RANK_A_NODE, RANK, last_line
 
 pytestmark = pytest.mark.slurm
@@ -44,7 +45,7 @@ def test_a_hanging_rank(runs):
     runs.cluster.wait_for(job, "FAILED", seconds=90)
     assert runs.cluster.exit_code(job) == os.EX_SOFTWARE
     line = last_line(runs.cluster.output(job))
-    assert "rank 0 on node1: rank 0 hangs: no end of " in line and "rank 1 (node2) said nothing" in line
+    assert "rank 0 on node1: rank 0 hangs: no end of " in line and "after 12 s" in line
     assert "no end of" in (runs.folder("hanging").stacks / "rank_00000.txt").read_text()
     assert_nothing_runs(runs)
 
@@ -64,32 +65,30 @@ def test_a_disk_that_is_full(runs):
     assert_nothing_runs(runs)
 
 
-def test_a_node_whose_disk_turns_read_only(runs):
-    """As file systems do after errors: one node cannot write what the others can."""
-    cluster = runs.cluster
-    job = runs.train("read_only", *OPTIONS, overrides=(*LAYOUT, f"output_root={cluster.disk}"))
-    runs.wait_for_step("read_only", job, MID_RUN, root=cluster.outside(cluster.disk))
-    cluster.run("node2", "mount", "-o", "remount,bind,ro", str(cluster.disk))
-    try:
-        cluster.wait_for(job, "FAILED", seconds=60)
-    finally:
-        cluster.run("node2", "mount", "-o", "remount,bind,rw", str(cluster.disk))
-    line = last_line(cluster.output(job))
-    assert "Read-only file system" in line and "rank 1" in line and "node2" in line
-    end = json.loads((cluster.outside(cluster.disk) / "read_only/jobs.jsonl").read_text().splitlines()[-1])
-    assert (end["action"], end["step"]) == ("failed", 10)
+def test_a_node_that_cannot_write(runs):
+    """What its kernel refuses there, others can write: here files above 20 kB."""
+    job = runs.train("no_room_there", *OPTIONS, overrides=LAYOUT)
+    runs.wait_for_step("no_room_there", job, MID_RUN)
+    [victim] = runs.cluster.processes("node2", RANK)
+    resource.prlimit(victim, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    runs.cluster.wait_for(job, "FAILED", seconds=60)
+    line = last_line(runs.cluster.output(job))
+    assert "File too large (rank 1 on node2). Checkpoints saved before are good" in line
+    end = runs.events("no_room_there", "end")[0]
+    assert (end["action"], end["code"], end["step"]) == ("failed", 2, 10)
     assert_nothing_runs(runs)
 
 
-def test_a_node_on_which_no_process_starts(runs):
-    """Its own disk is full: torchrun finds no place for its files."""
-    cluster = runs.cluster
-    cluster.run("node2", "sh", "-c", "mount -t tmpfs -o size=4k tmpfs /tmp && head -c 4k /dev/zero > /tmp/filler")
+def test_a_node_without_the_environment(runs):
+    """What all nodes should share is not mounted there: nothing of ours starts."""
+    package = str(ROOT / "pretrain/cluster")
+    runs.cluster.run("node2", "mount", "-t", "tmpfs", "tmpfs", package)
     try:
-        job = runs.train("no_tmp", *OPTIONS, overrides=LAYOUT)
-        cluster.wait_for(job, "FAILED", seconds=60)
+        job = runs.train("no_package", *OPTIONS, overrides=LAYOUT)
+        runs.cluster.wait_for(job, "FAILED", seconds=60)
     finally:
-        cluster.run("node2", "umount", "/tmp")
-    line = last_line(cluster.output(job))
-    assert "node2" in line and "No usable temporary directory found" in line
+        runs.cluster.run("node2", "umount", package)
+    line = last_line(runs.cluster.output(job))
+    assert "no rank started; srun ended with " in line and "node1: " not in line
+    assert "; node2: " in line and "No module named pretrain.cluster" in line
     assert_nothing_runs(runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.slurm.cluster import ROOT
-from tests.slurm.runs import ONE_RANK_A_NODE, RECIPE, TWO_NODES
+from tests.slurm.runs import ONE_RANK_A_NODE, RECIPE, TWO_NODES, last_line
 
 pytestmark = pytest.mark.slurm
 
@@ -29,7 +29,7 @@ def test_a_bad_recipe(runs):
 
 def test_ranks_that_the_layout_cannot_use(runs):
     output = refused(runs, "layout", *OPTIONS, overrides=("parallel.data_parallel_size=2",))
-    assert "needs 4 ranks, but 2 were started" in output
+    assert "needs 4 ranks, but 2 were started" in last_line(output)
 
 
 def test_a_launcher_that_starts_a_world_on_each_node(runs):
@@ -65,9 +65,10 @@ def test_another_version(runs, tmp_path):
 
 
 def test_no_room_for_two_checkpoints(runs):
-    """Twice a node's file system that both nodes share; what is free there is seen before the first step."""
+    """On the file system that the nodes share: seen before the first step."""
     disk = runs.cluster.disk
-    runs.cluster.run("node1", "sh", "-c", f"head -c 63500k /dev/zero > {disk}/filler")
+    fill = f"head -c 100m /dev/zero > {disk}/filler; truncate -s -500K {disk}/filler"
+    runs.cluster.run("node1", "sh", "-c", fill)
     try:
         output = refused(runs, "no_room", *TWO_NODES, overrides=(f"output_root={disk}",))
     finally:
