@@ -78,10 +78,15 @@ def gated_linear_cross_entropy(
     _check_logit_options(z_loss, soft_cap, label_smoothing)
     _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
-        chunk_tokens = max(256, CHUNK_LOGITS.get(hidden.device.type, 2**24) // -(-shard.vocab_size // shard.world_size))
+        chunk_tokens = default_chunk_tokens(-(-shard.vocab_size // shard.world_size), hidden.device.type)
     job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap)
     losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, job, reduction)  # type: ignore[no-untyped-call]
     return losses
+
+
+def default_chunk_tokens(rows: int, device_type: str) -> int:
+    """C where none is given, for so many rows of an even shard."""
+    return max(256, CHUNK_LOGITS.get(device_type, 2**24) // rows)
 
 
 def _check(

@@ -13,14 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from agg.linear_cross_entropy import CHUNK_LOGITS
+from agg.linear_cross_entropy import default_chunk_tokens
 from agg.vocab_shard import padded_vocab_size
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
 from pretrain.topology import data_parallel_size_of
 from pretrain.training.deepspeed_config import deepspeed_config, zero_stage
-
-MIN_CHUNK_TOKENS = 128  # of agg.gated_linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +134,7 @@ def _activations(recipe: Recipe) -> int:
 def _loss(recipe: Recipe, rows: int) -> int:
     """See :mod:`agg.sweep`: sums in float32; in bf16 also a chunk's share of dW, and the dH that is handed on."""
     tokens, width = recipe.batch.micro_batch_size * recipe.model.sequence_length, _width(recipe)
-    elements = CHUNK_LOGITS["cpu" if recipe.device == "cpu" else "cuda"]
-    chunk = min(tokens, max(MIN_CHUNK_TOKENS, elements // rows))
+    chunk = min(tokens, default_chunk_tokens(rows, "cpu" if recipe.device == "cpu" else "cuda"))
     sums = 4 + (width if width == 2 else 0)
     return width * chunk * rows + sums * (rows + tokens) * recipe.model.hidden_size
 
