@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     job_id, nodes = os.environ["SLURM_JOB_ID"], os.environ["SLURM_JOB_NUM_NODES"]
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     first = ask(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()[0]
+    # slurmd allows cores of any size, and a rank's is as large as its memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if arguments[0] == "train":
         hold_back_signals()
     # Another one for each start, as ranks of an older one may live on.
