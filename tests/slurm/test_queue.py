@@ -18,8 +18,9 @@ LAYOUT = ("parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=
 
 def test_a_chain(runs):
     """``--array=1-3%1`` of jobs that are not put back: each goes on where the one before it stopped."""
-    name = "chain"
-    job = runs.train(name, *ONE_RANK, "--array=1-3%1", "--no-requeue", overrides=LAYOUT)
+    name, steps = "chain", 400  # of a hundredth of a second
+    more = (f"batch.train_steps={steps}", "checkpoint.every_steps=0")
+    job = runs.train(name, *ONE_RANK, "--array=1-3%1", "--no-requeue", overrides=(*LAYOUT, *more))
     runs.wait_for_step(name, job, MID_RUN)
     runs.cluster.client("scancel", "--signal=USR1", f"{job}_1")
     runs.cluster.wait_for(job, "COMPLETED", "FAILED", seconds=180)
@@ -27,9 +28,9 @@ def test_a_chain(runs):
     assert states == {"1": ("FAILED", "75:0"), "2": ("COMPLETED", "0:0"), "3": ("COMPLETED", "0:0")}
     actions = [(event["action"], event["step"]) for event in runs.events(name, "end")]
     stopped = actions[0][1]
-    assert actions == [("stopped", stopped), ("done", STEPS), ("done", STEPS)] and MID_RUN <= stopped < STEPS
-    assert [event["step"] for event in runs.events(name, "begin")] == [0, stopped, STEPS]
-    assert [record["step"] for record in runs.metrics(name)] == list(range(1, STEPS + 1))
+    assert actions == [("stopped", stopped), ("done", steps), ("done", steps)] and MID_RUN <= stopped < steps
+    assert [event["step"] for event in runs.events(name, "begin")] == [0, stopped, steps]
+    assert [record["step"] for record in runs.metrics(name)] == list(range(1, steps + 1))
 
 
 def test_a_job_that_gets_nowhere(runs):

@@ -42,8 +42,8 @@ def test_not_root(monkeypatch):
 
 def test_no_packages_to_be_had(bare):
     assert requirements.why_not() == (
-        "slurmctld, slurmd, sbatch, munged, ip, unshare, nsenter, setpriv, prlimit, mount missing: there is no apt-get; "
-        "the packages are called iproute2, mount, munge, slurm-client, slurmctld, slurmd, util-linux on Debian"
+        "slurmctld, slurmd, sbatch, munged, ip, unshare, nsenter, setpriv, prlimit, mount missing: there is no "
+        "apt-get; the packages are called iproute2, mount, munge, slurm-client, slurmctld, slurmd, util-linux on Debian"
     )
 
 
