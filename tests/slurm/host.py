@@ -59,7 +59,8 @@ class Host:
     def command(self, *arguments: str, cwd: Path | str = "/") -> list[str]:
         """The command that runs a command on this host."""
         namespaces = ("--mount", "--uts", "--ipc", "--net", "--pid")
-        return ["nsenter", "--target", str(self.pid), *namespaces, "env", "--chdir", str(cwd), *arguments]
+        enter = ["nsenter", "--target", str(self.pid), *namespaces]
+        return ["prlimit", "--core=0:0", *enter, "env", "--chdir", str(cwd), *arguments]  # ranks are killed: no cores
 
     def run(
         self, *arguments: str, cwd: Path | str = "/", seconds: float = 60.0, check: bool = True, **environment: str

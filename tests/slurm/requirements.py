@@ -26,6 +26,7 @@ PROGRAMS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
     "setpriv": "util-linux",
+    "prlimit": "util-linux",
     "mount": "mount",
 }
 SERVICES_POLICY = Path("/usr/sbin/policy-rc.d")  # asked before a package's service is started: 101 says no

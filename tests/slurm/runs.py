@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.slurm.waiting import wait_until
 from tests.small_runs import read_metrics
 
 RECIPE = "quickstart_agg"
-STEPS = 40
+STEPS = 60
 SCALED_DOWN = (
     "data.corpus.source=text",
     "data.tokenizer.vocab_size=500",
@@ -88,12 +89,16 @@ class Runs:
             root: where the run is, if it is elsewhere.
         """
 
+        looks = itertools.count()
+
         def reached() -> bool:
             done = self.records(name, root) >= step
-            assert done or self.cluster.state(job) not in FINAL, self.cluster.output(job)
+            assert done or next(looks) % 50 or self.cluster.state(job) not in FINAL, self.cluster.output(job)
             return done
 
-        wait_until(reached, 120, f"step {step} of {name}", lambda: self.cluster.output(job))
+        # Soon after the step: a run must not be over before it is disturbed.
+        what = f"step {step} of {name}"
+        wait_until(reached, 120, what, lambda: self.cluster.output(job), every=0.02)
 
     def events(self, name: str, event: str) -> list[dict[str, Any]]:
         return [one for one in read_events(self.folder(name).jobs_file) if one["event"] == event]

@@ -42,13 +42,13 @@ def test_not_root(monkeypatch):
 
 def test_no_packages_to_be_had(bare):
     assert requirements.why_not() == (
-        "slurmctld, slurmd, sbatch, munged, ip, unshare, nsenter, setpriv, mount missing: there is no apt-get; the "
-        "packages are called iproute2, mount, munge, slurm-client, slurmctld, slurmd, util-linux on Debian"
+        "slurmctld, slurmd, sbatch, munged, ip, unshare, nsenter, setpriv, prlimit, mount missing: there is no "
+        "apt-get; the packages are called iproute2, mount, munge, slurm-client, slurmctld, slurmd, util-linux on Debian"
     )
 
 
 def test_what_is_missing_is_installed_and_no_service_started(bare):
-    for name in ("ip", "mount", "unshare", "nsenter", "setpriv"):
+    for name in ("ip", "mount", "unshare", "nsenter", "setpriv", "prlimit"):
         (bare / name).symlink_to("/bin/true")
     apt_get(bare, ["slurmctld", "slurmd", "sbatch", "munged"], code=100)  # a mirror that cannot be reached is no matter
     assert requirements.why_not() is None
@@ -62,7 +62,8 @@ def test_what_is_missing_is_installed_and_no_service_started(bare):
 def test_a_package_that_does_not_come(bare):
     apt_get(bare, ["slurmctld"])
     assert requirements.why_not() == (
-        "slurmd, sbatch, munged, ip, unshare, nsenter, setpriv, mount missing: the packages of this system have none"
+        "slurmd, sbatch, munged, ip, unshare, nsenter, setpriv, prlimit, mount missing: the packages of this system "
+        "have none"
     )
 
 

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str, state: Callable[[], Any] = str) -> Any:
+def wait_until(
+    condition: Callable[[], Any], seconds: float, what: str, state: Callable[[], Any] = str, every: float = 0.1
+) -> Any:
     """The first true value of ``condition``.
 
     Args:
         what: is waited for, for the message.
         state: how things stand when it did not come.
+        every: seconds between looks.
 
     Raises:
         AssertionError: it did not come in time.
@@ -24,4 +27,4 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str, state: C
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"no {what} after {seconds:.0f} s\n{state()}")
-        time.sleep(0.1)
+        time.sleep(every)

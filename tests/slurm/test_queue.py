@@ -1,0 +1,104 @@
+"""What SLURM makes of our jobs: chains, arrays of runs, a job that gets nowhere, ``pretrain submit``, eight nodes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from tests.slurm.runs import MID_RUN, RECIPE, STEPS, last_line
+from tests.slurm.waiting import wait_until
+
+pytestmark = pytest.mark.slurm
+
+ONE_RANK = ("--nodes=1", "--gpus-per-node=1")
+LAYOUT = ("parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=1")
+
+
+def test_a_chain(runs):
+    """``--array=1-3%1`` of jobs that are not put back: each goes on where the one before it stopped."""
+    name, steps = "chain", 400  # of a hundredth of a second
+    more = (f"batch.train_steps={steps}", "checkpoint.every_steps=0")
+    job = runs.train(name, *ONE_RANK, "--array=1-3%1", "--no-requeue", overrides=(*LAYOUT, *more))
+    runs.wait_for_step(name, job, MID_RUN)
+    runs.cluster.client("scancel", "--signal=USR1", f"{job}_1")
+    runs.cluster.wait_for(job, "COMPLETED", "FAILED", seconds=180)
+    states = {one["ArrayTaskId"]: (one["JobState"], one["ExitCode"]) for one in runs.cluster.jobs(job)}
+    assert states == {"1": ("FAILED", "75:0"), "2": ("COMPLETED", "0:0"), "3": ("COMPLETED", "0:0")}
+    actions = [(event["action"], event["step"]) for event in runs.events(name, "end")]
+    stopped = actions[0][1]
+    assert actions == [("stopped", stopped), ("done", steps), ("done", steps)] and MID_RUN <= stopped < steps
+    assert [event["step"] for event in runs.events(name, "begin")] == [0, stopped, steps]
+    assert [record["step"] for record in runs.metrics(name)] == list(range(1, steps + 1))
+
+
+def test_a_job_that_gets_nowhere(runs):
+    """Asked to stop before its first step each time: it says so after the second start, and is not put back again."""
+    name = "nowhere"
+    job = runs.train(name, *ONE_RANK, overrides=LAYOUT)
+    for restart in (0, 1):
+        ready = runs.folder(name).logs / f"{job}.{restart}/rank_00000.json"
+        wait_until(ready.exists, 90, "rank", lambda: runs.cluster.output(job))
+        runs.cluster.client("scancel", "--signal=USR1", job)
+    runs.cluster.wait_for(job, "FAILED", seconds=90, restarts=1)
+    assert runs.cluster.exit_code(job) == 1 and runs.records(name) == 0
+    assert [event["action"] for event in runs.events(name, "end")] == ["requeued", "failed"]
+    starts = f"no progress in 2 starts in a row ({job}.0, {job}.1): all began at step 0"
+    assert starts in last_line(runs.cluster.output(job))
+
+
+def test_an_array_of_runs(runs, tmp_path):
+    """A study of three, two at a time, and one of them cannot be trained."""
+    file = tmp_path / "study.txt"
+    changes = [
+        ("objective.method=agg",),
+        ("objective.method=nonsense",),
+        ("objective.method=mle", "objective.alpha=null"),
+    ]
+    lines = [
+        shlex.join([RECIPE, *runs.overrides(f"study_{index}", *LAYOUT, *change)])
+        for index, change in enumerate(changes, start=1)
+    ]
+    file.write_text("# three runs\n\n" + "\n".join(lines) + "\n")
+    job = runs.cluster.submit("--array=1-3%2", *ONE_RANK, "slurm/study.sbatch", str(file))
+    runs.cluster.wait_for(job, "COMPLETED", "FAILED", seconds=240)
+    tasks = {one["ArrayTaskId"]: one for one in runs.cluster.jobs(job)}
+    assert [tasks[index]["JobState"] for index in "123"] == ["COMPLETED", "FAILED", "COMPLETED"]
+    assert tasks["2"]["ExitCode"] == "2:0" and tasks["1"]["ArrayTaskThrottle"] == "2"
+    assert max(together(list(tasks.values()))) <= 2
+    for index in "13":
+        assert len(runs.metrics(f"study_{index}")) == STEPS and runs.folder(f"study_{index}").evaluation_file.exists()
+    assert runs.metrics("study_1")[-1]["loss"] != runs.metrics("study_3")[-1]["loss"]
+    assert not runs.folder("study_2").path.exists()
+
+
+def together(jobs):
+    """How many ran at the start of each."""
+    return [sum(one["StartTime"] <= other["StartTime"] < one["EndTime"] for one in jobs) for other in jobs]
+
+
+def test_submit(runs, calm):
+    """``pretrain submit`` on the login host: the job that it writes trains the same, and ``status`` knows it."""
+    arguments = [RECIPE, *runs.overrides("submitted")]
+    options = ("--nodes", "2", "--gpus-per-node", "2", "--time", "0:30:00")
+    said = runs.cluster.client("python", "-m", "pretrain", "submit", *arguments, *options)
+    job = re.search(r"job (\d+) on 2 node", said)[1]
+    runs.cluster.wait_for(job, "COMPLETED", seconds=180)
+    runs.assert_same("submitted", calm)
+    [event] = runs.events("submitted", "submit")
+    assert (event["job_id"], event["nodes"], event["gpus_per_node"]) == (job, 2, 2)
+    table = runs.cluster.client("python", "-m", "pretrain", "status", str(runs.folder("submitted").path))
+    assert re.search(rf"submitted .*done.* {STEPS}", table), table
+
+
+def test_eight_nodes(runs):
+    """One rank each; the all-reduce of the preflight and of every step goes over all of them."""
+    options = ("--nodes=8", "--gpus-per-node=1", "--time=30")
+    layout = ("parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=8", "batch.micro_batch_size=1")
+    job = runs.train("eight", *options, overrides=(*layout, "batch.train_steps=8"))
+    runs.cluster.wait_for(job, "COMPLETED", seconds=240)
+    [begin] = runs.events("eight", "begin")
+    assert begin["nodes"] == runs.cluster.nodes
+    assert "preflight: 8 ranks on 8 node(s)" in runs.cluster.output(job)
+    assert len(runs.metrics("eight")) == 8
