@@ -146,8 +146,9 @@ def _say_what_was_before(folder: RunFolder, earlier: Sequence[dict[str, Any]]) -
 
 
 def _wants_to_go_on(ending: Ending, job: Job) -> bool:
-    """Stopped because its time is nearly over, and SLURM may start it again. A job that was cancelled may not."""
-    if ending.code != STOPPED or "SIGUSR1" not in ending.stopped_by or "STOP" in ending.stopped_by:
+    """Its time is nearly over or a node is lost, and SLURM may start it again. A job that was cancelled may not."""
+    time_is_over = "SIGUSR1" in ending.stopped_by and "STOP" not in ending.stopped_by
+    if not (time_is_over or ending.lost_node):
         return False
     return state_of(job.job_id) == "RUNNING" and " Requeue=1 " in ask(["scontrol", "show", "job", job.job_id])
 

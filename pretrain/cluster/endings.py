@@ -95,11 +95,13 @@ class Ending:
         code: what the job exits with: 0, 75 (continue me), or what broke it.
         reason: one line, with rank and node.
         stopped_by: why it stopped as asked: names of signals, ``STOP`` for the file.
+        lost_node: it stopped because a node does not answer, and nothing else is known to be wrong.
     """
 
     code: int
     reason: str
     stopped_by: frozenset[str] = frozenset()
+    lost_node: bool = False
 
 
 def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
@@ -117,6 +119,9 @@ def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
         return Ending(STOPPED, f"stopped as asked ({', '.join(sorted(causes)) or 'a signal'}) and saved", causes)
     failures = _failures(folder, ranks)
     silent = sorted(rank for rank in range(world_size) if codes.get(rank) is None)
+    lost = _silent_nodes(folder, ranks)
+    if lost and all(map(_is_consequence, failures)):
+        return Ending(STOPPED, f"contact lost with {', '.join(lost[:4])}{', ...' * (len(lost) > 4)}", lost_node=True)
     if not failures:
         if not ranks:
             words = "".join(f"; {words}" for words in _last_words_of_nodes(folder))
@@ -132,6 +137,13 @@ def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
     if code == os.EX_SOFTWARE and others:
         reason += f"; {_name(others, ranks)} said nothing"
     return Ending(code, reason)
+
+
+def _silent_nodes(folder: Path, ranks: dict[int, dict[str, Any]]) -> list[str]:
+    """Nodes that said nothing of their end, while another one did."""
+    told = {node["host"] for node in _records(folder, "node_*.json")}
+    told |= {record["host"] for record in ranks.values() if "code" in record}
+    return sorted({record["host"] for record in ranks.values()} - told) if told else []
 
 
 def _failures(folder: Path, ranks: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -163,3 +163,12 @@ def test_events_survive_a_torn_line(tmp_path):
     with file.open("a") as stream:
         stream.write('{"event": "en')
     assert [event["event"] for event in read_events(file)] == ["begin"]
+
+
+def test_a_lost_node_starts_the_job_again(slurm, arguments, capsys):
+    logs = begin(arguments, capsys)
+    ranks_end(logs, 1, reason="RuntimeError: Connection reset by peer")
+    (logs / "rank_00001.json").write_text('{"rank": 1, "host": "node2"}')
+    assert batch.main(["end", str(logs), "1"]) == 75
+    assert slurm.read_text().splitlines()[-1] == "scontrol requeue 7"
+    assert "requeued at step 0: contact lost with node2" in capsys.readouterr().out

@@ -146,3 +146,20 @@ def test_the_record_of_the_end_takes_no_more_room(tmp_path, monkeypatch):
     after = path.stat()
     assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size) and after.st_size == 4096
     assert json.loads(path.read_text())["code"] == 2
+
+
+def test_a_node_that_is_lost(tmp_path):
+    for number in range(4):
+        rank(tmp_path, number, *((1, GLOO) if number < 2 else ()))
+    node(tmp_path, "node0", r0=1, r1=1)
+    ending = how_it_ended(tmp_path, 4, 1)
+    assert (ending.code, ending.reason, ending.lost_node) == (75, "contact lost with node1", True)
+    rank(tmp_path, 0, 1, "ValueError: broken")
+    ending = how_it_ended(tmp_path, 4, 1)
+    assert (ending.code, ending.lost_node) == (1, False)
+
+
+def test_when_all_nodes_are_silent_none_is_lost(tmp_path):
+    for number in range(4):
+        rank(tmp_path, number)
+    assert not how_it_ended(tmp_path, 4, 137).lost_node
