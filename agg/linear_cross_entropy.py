@@ -9,10 +9,14 @@ R tensor-parallel ranks; H [T, D] hidden states, W [V_local, D] output embedding
 G is never built. Tokens are taken in two classes, by "target is rare": within a class the gate is a factor of the rows
 of P^T H, applied to [V_local, D] and not to each [C, V_local]. The target's own entry, which is exempt, is put right by
 adding to its row. So the gates cost next to nothing beyond three matmuls.
+
+With z-loss (PaLM, arXiv 2204.02311, section 5: ``c log^2 Z``) and soft-capped logits (Gemma 2, arXiv 2408.00118,
+section 2: ``z = cap tanh(s / cap)``), ``((1 + 2 c log Z) P - Y) * (1 - tanh^2)`` stands for ``P - Y``, gated the same.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,11 +42,14 @@ def gated_linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
+    soft_cap: float = 0.0,
 ) -> torch.Tensor:
     """``cross_entropy(hidden @ weight.T, target)`` whose gradient of ``weight`` passes through ``gates``.
 
-    The forward value is the plain cross-entropy. Logits exist only a chunk at a time; for reductions to a scalar
-    the gradients are formed in the same pass. Sums are in float32 at least, whatever the inputs.
+    The forward value is the plain cross-entropy, whatever the gates and ``z_loss``. Logits exist only a chunk at a
+    time; for reductions to a scalar the gradients are formed in the same pass. Sums are in float32 at least, whatever
+    the inputs.
 
     Args:
         hidden: [T, D], the same on all tensor-parallel ranks. Its gradient is complete on each of them.
@@ -54,6 +61,8 @@ def gated_linear_cross_entropy(
         reduction: ``mean`` over targets that are not ignored (0 if there are none), ``sum``, or ``none`` ([T],
             0 where ignored).
         chunk_tokens: C. None: ``CHUNK_LOGITS`` over the rows of an even shard, at least 128.
+        z_loss: c; the gradient is that of the loss plus ``c log^2 Z`` of each position, Z the norm of its softmax.
+        soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits; 0: as they are.
 
     Raises:
         ValueError: shapes, sizes or options that do not fit.
@@ -66,10 +75,11 @@ def gated_linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, target, gates, shard, label_smoothing, reduction, chunk_tokens)
+    _check_logit_options(z_loss, soft_cap, label_smoothing)
     _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
         chunk_tokens = max(128, CHUNK_LOGITS.get(hidden.device.type, 2**24) // -(-shard.vocab_size // shard.world_size))
-    job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens)
+    job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap)
     losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, job, reduction)  # type: ignore[no-untyped-call]
     return losses
 
@@ -115,6 +125,14 @@ def _check(
         raise ValueError(f"label_smoothing is {label_smoothing}, must be in [0, 1)")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
+
+
+def _check_logit_options(z_loss: float, soft_cap: float, label_smoothing: float) -> None:
+    for name, value in (("z_loss", z_loss), ("soft_cap", soft_cap)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, must be 0 (off) or above, and finite")
+    if soft_cap and label_smoothing:
+        raise ValueError("label_smoothing needs the mean logit, which is not linear in hidden with soft_cap: give one")
 
 
 def _check_targets(target: torch.Tensor, ignore_index: int, shard: VocabShard) -> None:

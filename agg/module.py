@@ -34,7 +34,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         reference_batch_tokens: unit of alpha.
         excluded_ids: ids that are never rare (bos, eos, pad, unk).
         data_parallel_group: ranks that see other parts of the global batch.
-        ignore_index, label_smoothing, chunk_tokens: see :func:`~agg.gated_linear_cross_entropy`.
+        ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap: see :func:`~agg.gated_linear_cross_entropy`.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class AdaptiveGradientGating(torch.nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         chunk_tokens: int | None = None,
+        z_loss: float = 0.0,
+        soft_cap: float = 0.0,
     ) -> None:
         super().__init__()
         self.shard = shard
@@ -58,6 +60,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.reference_batch_tokens = reference_batch_tokens
         self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64)
         self.ignore_index = ignore_index
+        self.z_loss, self.soft_cap = z_loss, soft_cap
         self.label_smoothing = label_smoothing
         self.chunk_tokens = chunk_tokens
         kinds: dict[str, type[TokenFrequency] | type[DecayedTokenFrequency]] = {
@@ -125,6 +128,8 @@ class AdaptiveGradientGating(torch.nn.Module):
             label_smoothing=self.label_smoothing,
             reduction=reduction,
             chunk_tokens=self.chunk_tokens,
+            z_loss=self.z_loss,
+            soft_cap=self.soft_cap,
         )
         if self.training:
             fault = ~torch.isfinite(loss.detach()).all()

@@ -25,6 +25,8 @@ class Job:
     ignore_index: int
     label_smoothing: float
     chunk_tokens: int
+    z_loss: float = 0.0
+    soft_cap: float = 0.0
 
     def valid(self) -> torch.Tensor:
         """bool [T]: not ignored."""
@@ -72,7 +74,8 @@ class Sweep:
         self._valid = job.valid()
         self._rows, self._here = job.shard.to_local(job.target)
         self._is_rare = job.target_is_rare()
-        self._own_p = torch.zeros_like(self.losses)  # P at each position's target; 0 where held elsewhere
+        self._own_p = torch.zeros_like(self.losses)  # what _add_p adds at each target; 0 where held elsewhere
+        self._own_slope: torch.Tensor | None = torch.ones_like(self.losses) if job.soft_cap else None
         self._hidden_sum = torch.zeros_like(hidden, dtype=self.sum_dtype) if needs_hidden else None
         self._weight_sum = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_weight else None
         self._factors = None if job.gates is None else row_factors(job.gates, hidden.dtype)
@@ -106,11 +109,20 @@ class Sweep:
         eps = self.job.label_smoothing
         hidden, here = self.hidden[chunk], self._here[chunk]  # [C, D], [C]
         logits = torch.mm(hidden, self.real.T, out=self._logits[: len(chunk)])
+        slope = soft_cap_(logits, self.job.soft_cap) if self.job.soft_cap else None
         local_p, log_norm, factor, own_logit = softmax_over_shards_(
             logits, self._rows[chunk], here, self.job.shard, self.sum_dtype
         )
         losses = log_norm - own_logit
-        self._own_p[chunk] = torch.where(here, (-losses).exp(), 0)
+        own_p = torch.where(here, (-losses).exp(), 0)
+        if self.job.z_loss:  # d(z_loss log_norm^2)/d(logit) = 2 z_loss log_norm P
+            more = 1 + 2 * self.job.z_loss * log_norm
+            factor, own_p = factor * more, own_p * more
+        if slope is not None and self._own_slope is not None and len(self.real):
+            local_p *= slope
+            self._own_slope[chunk] = slope.gather(1, self._rows[chunk][:, None]).squeeze(1).to(self.sum_dtype)
+            own_p = own_p * self._own_slope[chunk]
+        self._own_p[chunk] = own_p
         if self._row_sum_all is not None:
             mean_logit = hidden.to(self.sum_dtype) @ self._row_sum_all / self.job.shard.vocab_size
             losses = (1 - eps) * losses + eps * (log_norm - mean_logit)
@@ -121,7 +133,10 @@ class Sweep:
         p_scale = (scale * factor)[:, None]  # what the other ranks add to the norm is a factor of rows
         if self._hidden_sum is not None:
             part = (local_p @ self.real).to(self.sum_dtype).mul_(p_scale)
-            part -= self.real[self._rows[chunk]].to(self.sum_dtype) * ((1 - eps) * scale * here)[:, None]
+            own = (1 - eps) * scale * here
+            if self._own_slope is not None:
+                own *= self._own_slope[chunk]
+            part -= self.real[self._rows[chunk]].to(self.sum_dtype) * own[:, None]
             if self._row_sum is not None:
                 part -= self._smoothing_per_id * scale[:, None] * self._row_sum
             self._hidden_sum[chunk] = part
@@ -164,6 +179,8 @@ class Sweep:
         """``- Y``, and what the gate took from the target's own entry of P, which is exempt."""
         assert self._weight_sum is not None and self.row_scale is not None
         coefficient = torch.full_like(self._own_p, self.job.label_smoothing - 1)
+        if self._own_slope is not None:
+            coefficient *= self._own_slope
         if self.job.gates is not None:
             gate = torch.where(self._is_rare, self.job.gates.g2[self._rows], self.job.gates.g1[self._rows])
             coefficient += (1 - gate.to(self.sum_dtype)) * (self._own_p - self._smoothing_per_id)
@@ -187,6 +204,14 @@ def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     tiny = 2.0**-14 if dtype == torch.float16 else 2.0**-60
     after = torch.where(g2 > 0, g1.clamp(min=tiny), g1)
     return torch.where(after > 0, g2 / after, 1.0), after
+
+
+def soft_cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """``logits = cap * tanh(logits / cap)`` in place; returns the slope ``1 - tanh^2`` there, of the same shape."""
+    tanh = logits.div_(cap).tanh_()
+    slope = 1 - tanh.square()
+    logits.mul_(cap)
+    return slope
 
 
 def softmax_over_shards_(

@@ -73,6 +73,7 @@ class ModelRecipe:
     rope_base: int = 10_000
     vocab_multiple_of: int = 128  # rows are padded to it, whatever the tensor-parallel degree
     activation_checkpointing: Literal["none", "full"] = "none"
+    logit_soft_cap: float = 0.0  # logits are cap * tanh(logits / cap), as in Gemma 2, whose cap is 30; 0: as they are
     init_from: str = ""  # a Hugging Face folder whose weights the run starts with; empty: drawn from the seed
 
     @property
@@ -94,7 +95,12 @@ class ModelRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveRecipe:
-    """``mle`` is the plain cross-entropy, ``agg`` the same with gated output-embedding gradients."""
+    """``mle`` is the plain cross-entropy, ``agg`` the same with gated output-embedding gradients.
+
+    How the rare rows of ``agg`` are treated until ``switch_step`` and after it (arXiv 2109.03127, section 3 and its
+    ablations): ``gate`` as the method says; ``block`` with gates of 0, so that only a row's own targets train it;
+    ``freeze`` so that nothing moves the row, and if tied neither does the input side; ``train`` as plain training.
+    """
 
     method: Literal["mle", "agg"] = "agg"
     alpha: float | None = None  # rare: fewer occurrences per reference_batch_tokens; None: 0.03, or by rare_fraction
@@ -103,7 +109,16 @@ class ObjectiveRecipe:
     window: Literal["sliding", "exponential"] = "sliding"
     window_steps: int | None = None  # optimizer steps that are counted; None: one epoch
     never_seen: Literal["gate", "exclude"] = "gate"  # ids that do not occur in the train shards
+    gates: Literal["both", "g1", "g2"] = "both"  # which of them gate and block; the other is open
+    rare_rows: Literal["gate", "block", "freeze", "train"] = "gate"
+    switch_step: int | None = None  # from this step on, the first being 1, rare rows are treated as follows
+    rare_rows_after: Literal["gate", "block", "freeze", "train"] | None = None
     label_smoothing: float = 0.0
+    # What others do against degeneration, alone or beside AGG; 0: off. None is part of the loss that is reported.
+    z_loss: float = 0.0  # times log^2 Z of each position (PaLM: 1e-4)
+    cosine_penalty: float = 0.0  # times the mean cosine of the output embedding's rows (CosReg: 1)
+    mean_penalty: float = 0.0  # times the square of their mean row (mu-loss: 1e-4)
+    center_rows: bool = False  # their mean row is subtracted after each update (mu-centering)
 
     @property
     def effective_alpha(self) -> float | None:
@@ -127,6 +142,7 @@ class OptimizerRecipe:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gradient_clipping: float = 1.0  # global norm; 0: none
+    couple_embeddings: bool = False  # rows of the output embedding share one second moment (Coupled Adam)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ def problems_of(recipe: Recipe) -> list[str]:
         *_name_problems(recipe),
         *_corpus_problems(recipe.data.corpus),
         *_objective_problems(recipe.objective),
+        *_peer_problems(recipe),
         *_model_problems(recipe),
         *_schedule_problems(recipe),
         *_spikes_problems(recipe.spikes),
@@ -119,6 +120,40 @@ def _objective_problems(objective: ObjectiveRecipe) -> list[str]:
         problems.append("objective.alpha and objective.rare_fraction both say what is rare: give one of them")
     if objective.rare_fraction is not None and objective.rare_fraction >= 1:
         problems.append(f"objective.rare_fraction is {objective.rare_fraction}, must be below 1")
+    return problems
+
+
+def _peer_problems(recipe: Recipe) -> list[str]:
+    """Of what may be added to the objective, and of how rare rows are treated."""
+    objective, cap = recipe.objective, recipe.model.logit_soft_cap
+    factors = {
+        "objective.z_loss": objective.z_loss,
+        "objective.cosine_penalty": objective.cosine_penalty,
+        "objective.mean_penalty": objective.mean_penalty,
+        "model.logit_soft_cap": cap,
+    }
+    problems = [
+        f"{key} is {value}, must be 0 (off) or above, and finite"
+        for key, value in factors.items()
+        if not 0 <= value < math.inf
+    ]
+    if cap and objective.label_smoothing:
+        problems.append("model.logit_soft_cap and objective.label_smoothing do not go together: give one of them")
+    step, after = objective.switch_step, objective.rare_rows_after
+    if (step is None) != (after is None):
+        problems.append("objective.switch_step and objective.rare_rows_after belong together: give both or neither")
+    steps = recipe.batch.train_steps
+    if step is not None and not 1 < step <= steps:
+        problems.append(f"objective.switch_step is {step}, must be above 1 and at most batch.train_steps ({steps})")
+    treatments = {objective.rare_rows} | ({after} if after is not None else set())
+    if objective.method == "mle" and (treatments != {"gate"} or objective.gates != "both"):
+        problems.append(
+            "objective.rare_rows, rare_rows_after and gates need objective.method agg, which tells the rare"
+        )
+    if objective.gates != "both" and not treatments & {"gate", "block"}:
+        problems.append(f"objective.gates is {objective.gates}, but objective.rare_rows never gates or blocks")
+    if objective.center_rows and "freeze" in treatments:
+        problems.append("objective.center_rows would move the rows that objective.rare_rows freezes: give one of them")
     return problems
 
 

@@ -45,6 +45,8 @@ def find_recipe(name_or_path: str) -> Path:
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override, check.
 
+    A file may say ``base: OTHER``, a name or path like its own; then it holds what differs from that recipe.
+
     Args:
         name_or_path: a YAML file, or the name of one in ``pretrain/recipes``.
         overrides: ``section.key=value`` strings; the value is read as YAML.
@@ -54,12 +56,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such recipe, or not YAML.
     """
     path = find_recipe(name_or_path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
+    tree = _read(path)
+    base = tree.pop("base", None)
+    if base is not None:
+        below = _read(find_recipe(str(base)))
+        if "base" in below:
+            raise UserError(
+                f"{path} has base {base}, which has a base itself: name {below['base']} or write the keys out"
+            )
+        tree = _over(below, tree)
     problems: list[str] = []
     for override in overrides:
         _apply_override(tree, override, problems)
@@ -68,6 +73,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(problems, str(path))
     recipe.check(str(path))
     return recipe
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
+    return tree
+
+
+def _over(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
+    """``below`` with the values of ``above``; sections are merged."""
+    merged = dict(below)
+    for key, value in above.items():
+        there = below.get(key)
+        merged[key] = _over(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:

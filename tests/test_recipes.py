@@ -13,7 +13,7 @@ from pretrain.__main__ import parse
 from pretrain.errors import RecipeError, UserError
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import SHIPPED, load_recipe, recipe_from_dict, recipe_to_dict
+from pretrain.recipe_io import SHIPPED, flatten, load_recipe, recipe_from_dict, recipe_to_dict
 from pretrain.topology import data_parallel_size_of
 from pretrain.training import deepspeed_config as policies
 from tests.small_runs import change
@@ -52,6 +52,62 @@ def test_pairs_differ_in_the_objective_only(gated, plain):
     one, other = load_recipe(gated), load_recipe(plain)
     assert one.objective.method == "agg" and other.objective.method == "mle"
     assert dataclasses.replace(one, name="", objective=other.objective) == dataclasses.replace(other, name="")
+
+
+def test_peers_and_ablations_differ_from_the_quick_start_in_one_thing():
+    seen = set()
+    for name in (name for name in NAMES if name.startswith(("peer_", "ablation_"))):
+        recipe = load_recipe(name)
+        base = load_recipe("quickstart_agg" if name.startswith("ablation_") else "quickstart_plain")
+        flat, below = flatten(recipe_to_dict(recipe)), flatten(recipe_to_dict(base))
+        changed = {key: value for key, value in flat.items() if value != below[key] and key != "name"}
+        assert flat["name"] != below["name"] and len({key.split(".")[0] for key in changed}) == 1
+        seen |= changed.keys()
+    assert seen == {
+        "objective.z_loss", "objective.cosine_penalty", "objective.mean_penalty", "objective.center_rows",
+        "objective.gates", "objective.rare_rows", "objective.rare_rows_after", "objective.switch_step",
+        "optimizer.couple_embeddings", "model.logit_soft_cap", "model.tied_embeddings",
+    }  # fmt: skip
+
+
+def test_a_base_is_merged_key_by_key_and_has_none_itself(tmp_path):
+    base, top, far = (tmp_path / f"{name}.yaml" for name in ("base", "top", "far"))
+    base.write_text("name: a\ndata: {folder: d, tokenizer: {vocab_size: 300}}\nbatch: {train_steps: 3}\n")
+    top.write_text(
+        f"base: {base}\nname: b\ndata: {{tokenizer: {{model_type: unigram}}}}\nspikes: {{on_outlier: stop}}\n"
+    )
+    recipe = load_recipe(str(top), ["batch.train_steps=4"])
+    tokenizer = recipe.data.tokenizer
+    assert (recipe.name, recipe.data.folder, recipe.batch.train_steps) == ("b", "d", 4)
+    assert (tokenizer.vocab_size, tokenizer.model_type, recipe.spikes.on_outlier) == (300, "unigram", "stop")
+    far.write_text(f"base: {top}\nname: c\n")
+    with pytest.raises(UserError, match="which has a base itself"):
+        load_recipe(str(far))
+    far.write_text("base: nowhere\nname: c\n")
+    with pytest.raises(UserError, match="no recipe 'nowhere'"):
+        load_recipe(str(far))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.z_loss=-1"], "objective.z_loss is -1"),
+        (["objective.cosine_penalty=.inf"], "objective.cosine_penalty is inf"),
+        (["objective.mean_penalty=.nan"], "objective.mean_penalty is nan"),
+        (["model.logit_soft_cap=-30"], "model.logit_soft_cap is -30"),
+        (["model.logit_soft_cap=30", "objective.label_smoothing=0.1"], "do not go together"),
+        (["objective.switch_step=3"], "switch_step and objective.rare_rows_after belong together"),
+        (["objective.rare_rows_after=train"], "switch_step and objective.rare_rows_after belong together"),
+        (["objective.switch_step=401", "objective.rare_rows_after=train"], "at most batch.train_steps \\(400\\)"),
+        (["objective.method=mle", "objective.gates=g1"], "need objective.method agg"),
+        (["objective.method=mle", "objective.rare_rows=freeze"], "need objective.method agg"),
+        (["objective.gates=g1", "objective.rare_rows=freeze"], "never gates or blocks"),
+        (["objective.center_rows=true", "objective.rare_rows=freeze"], "would move the rows"),
+    ],
+)
+def test_impossible_peers_and_treatments(overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("quickstart_agg", overrides)
 
 
 def test_the_papers_setting():

@@ -25,9 +25,9 @@ from pretrain.recipe import ModelRecipe
 class CausalLanguageModel(GPTModel):  # type: ignore[misc]
     """GPTModel whose output goes through :class:`OutputHead` instead of full logits."""
 
-    def __init__(self, shard: VocabShard, **arguments: Any) -> None:
+    def __init__(self, shard: VocabShard, logit_soft_cap: float, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.output_head = OutputHead(shard)
+        self.output_head = OutputHead(shard, logit_soft_cap)
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryPositions(
                 kv_channels=self.config.kv_channels,
@@ -119,6 +119,7 @@ def build_model(model: ModelRecipe, shard: VocabShard, padded_vocab_size: int, s
         spec = ModuleSpec(module=CheckpointedLayer, submodules=spec.submodules)
     return CausalLanguageModel(
         shard,
+        model.logit_soft_cap,
         config=transformer_config(model, shard.world_size),
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size,

@@ -19,11 +19,12 @@ class OutputHead(torch.nn.Module):
 
     Args:
         shard: the rows of the output embedding on this rank.
+        soft_cap: of logits, see :func:`agg.gated_linear_cross_entropy`; 0: none.
     """
 
-    def __init__(self, shard: VocabShard) -> None:
+    def __init__(self, shard: VocabShard, soft_cap: float = 0.0) -> None:
         super().__init__()
-        self.shard = shard
+        self.shard, self.soft_cap = shard, soft_cap
         self.loss: Loss = self._plain_loss  # the objective replaces it
 
     def forward(
@@ -40,18 +41,22 @@ class OutputHead(torch.nn.Module):
         if target is None:
             return self._all_logits(hidden, weight)
         if per_token:
-            losses = gated_linear_cross_entropy(hidden, weight, target, None, self.shard, reduction="none")
-            return losses, self._predictions(hidden, weight)
+            return self._plain_loss(hidden, weight, target, "none"), self._predictions(hidden, weight)
         return self.loss(hidden, weight, target)
 
-    def _plain_loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return gated_linear_cross_entropy(hidden, weight, target, None, self.shard, reduction="sum")
+    def _plain_loss(
+        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, reduction: str = "sum"
+    ) -> torch.Tensor:
+        return gated_linear_cross_entropy(
+            hidden, weight, target, None, self.shard, reduction=reduction, soft_cap=self.soft_cap
+        )
 
     def _all_logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.cat(list(self.shard.all_gather((hidden @ weight.T).float())), dim=1)[:, : self.shard.vocab_size]
+        logits = torch.cat(list(self.shard.all_gather((hidden @ weight.T).float())), dim=1)[:, : self.shard.vocab_size]
+        return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
 
     def _predictions(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """int64 [T]: the most likely id of each position; of equals the lowest, on every layout."""
+        """int64 [T]: the most likely id of each position; of equals the lowest, on every layout, capped or not."""
         real = weight[: self.shard.real]
         found = []
         for chunk in hidden.split(1024):

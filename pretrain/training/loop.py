@@ -165,7 +165,7 @@ def train_step(run: Run, micro_batches: list[MicroBatch], stop_wanted: bool = Fa
     """
     engine, topology, progress = run.engine, run.topology, run.progress
     all_targets = torch.stack([targets for _, targets in micro_batches])
-    run.objective.begin_step(all_targets)
+    run.objective.begin_step(all_targets, progress.step + 1)
     valid = (all_targets != -100).sum()
     dist.all_reduce(valid, group=topology.data_parallel_group)
     # DeepSpeed averages gradients over data-parallel ranks; what is wanted is their sum over all valid targets.

@@ -8,7 +8,7 @@ grad_norm                   global, before clipping
 tokens_per_second           all ranks, mean since the last record
 step_seconds                mean since the last record
 mfu                         share of the devices' dense bf16 peak, where it is known
-rare_fraction               share of the vocabulary whose gradient is gated in this step
+rare_fraction               share of the vocabulary that is rare in this step, and so gated (objective.rare_rows)
 isotropy, ...               of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
 validation_loss             nats per token, mean over the valid split or its first sequences
 validation_perplexity       the same by frequency group

@@ -1,4 +1,4 @@
-"""What is minimised: the plain cross-entropy, or the same with Adaptive Gradient Gating."""
+"""What is minimised: the cross-entropy, with or without Adaptive Gradient Gating, and what may be added to it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,56 @@ import torch.distributed as dist
 
 from agg import AdaptiveGradientGating, VocabShard, gated_linear_cross_entropy
 from pretrain.recipe import ObjectiveRecipe
+from pretrain.training.penalties import cosine_penalty, mean_penalty
+from pretrain.training.rare_rows import treated, treatment_at
 
 
 class PlainObjective:
-    """Maximum likelihood; counts nothing."""
+    """Maximum likelihood; counts nothing.
 
-    def __init__(self, shard: VocabShard, label_smoothing: float) -> None:
-        self._shard, self._label_smoothing = shard, label_smoothing
+    Args:
+        soft_cap: of logits, see :func:`agg.gated_linear_cross_entropy`.
+    """
 
-    def begin_step(self, targets: torch.Tensor) -> None:
-        """Nothing to count."""
+    def __init__(self, recipe: ObjectiveRecipe, shard: VocabShard, soft_cap: float = 0.0) -> None:
+        self._recipe, self._shard, self._soft_cap = recipe, shard, soft_cap
+
+    def begin_step(self, targets: torch.Tensor, step: int) -> None:
+        """Be told all of this rank's targets of the coming optimizer step, and its number, the first being 1."""
 
     def undo_step(self) -> None:
         """Take the counts of this step back: it is not trained on."""
 
     def loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Sum over the valid targets: hidden [T, D], weight [V_local, D], target [T] to []."""
+        """Sum over the valid targets: hidden [T, D], weight [V_local, D], target [T] to [].
+
+        The value is the cross-entropy; penalties show in the gradient alone, each once for every valid target.
+        """
+        loss, recipe = self._cross_entropy(hidden, weight, target), self._recipe
+        for factor, penalty in ((recipe.cosine_penalty, cosine_penalty), (recipe.mean_penalty, mean_penalty)):
+            if factor:
+                loss = loss + factor * (penalty(weight, self._shard) * (target != -100).sum())
+        return loss
+
+    def _cross_entropy(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return gated_linear_cross_entropy(
-            hidden, weight, target, None, self._shard, reduction="sum", label_smoothing=self._label_smoothing
+            hidden,
+            weight,
+            target,
+            None,
+            self._shard,
+            reduction="sum",
+            label_smoothing=self._recipe.label_smoothing,
+            z_loss=self._recipe.z_loss,
+            soft_cap=self._soft_cap,
         )
 
     def rare_fraction(self) -> float | None:
-        """Share of the vocabulary whose gradient is gated; None: nothing is."""
+        """Share of the vocabulary that is rare in this step; None: nothing is counted."""
+        return None
+
+    def frozen_rows(self) -> torch.Tensor | None:
+        """bool [V_local]: rows of the output embedding that this step must not move; None: none."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -45,18 +73,20 @@ class PlainObjective:
 class GatedObjective(PlainObjective):
     """AGG over the global batch: counts cover all data-parallel ranks and all micro-batches of a step."""
 
-    def __init__(self, module: AdaptiveGradientGating) -> None:
-        super().__init__(module.shard, module.label_smoothing)
+    def __init__(self, recipe: ObjectiveRecipe, module: AdaptiveGradientGating) -> None:
+        super().__init__(recipe, module.shard, module.soft_cap)
         self.module = module
+        self._treatment: str = recipe.rare_rows
 
-    def begin_step(self, targets: torch.Tensor) -> None:
-        """Count all of this rank's targets of the coming optimizer step."""
+    def begin_step(self, targets: torch.Tensor, step: int) -> None:
         self.module.begin_step(targets)
+        self._treatment = treatment_at(self._recipe, step)
+        self.module.gates = treated(self.module.current_gates(), self._treatment, self._recipe.gates)
 
     def undo_step(self) -> None:
         self.module.undo_step()
 
-    def loss(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.module(hidden, weight, target, reduction="sum")
         return loss
 
@@ -64,6 +94,9 @@ class GatedObjective(PlainObjective):
         shard = self.module.shard
         rare = shard.all_reduce(self.module.current_gates().rare.sum())
         return int(rare) / shard.vocab_size
+
+    def frozen_rows(self) -> torch.Tensor | None:
+        return self.module.current_gates().rare if self._treatment == "freeze" else None
 
     def state_dict(self) -> dict[str, Any]:
         return self.module.frequency.state_dict()
@@ -80,19 +113,22 @@ def build_objective(
     token_counts: np.ndarray[Any, np.dtype[np.int64]],
     steps_per_epoch: int,
     data_parallel_group: dist.ProcessGroup | None,
+    soft_cap: float = 0.0,
 ) -> PlainObjective:
     """
     Args:
         special_ids: bos, eos, pad, unk: never rare.
         token_counts: int64 [V], of the train shards; tells the ids that never occur.
         steps_per_epoch: the window if the recipe gives none.
+        soft_cap: of logits.
     """
     if recipe.method == "mle":
-        return PlainObjective(shard, recipe.label_smoothing)
+        return PlainObjective(recipe, shard, soft_cap)
     excluded = list(special_ids)
     if recipe.never_seen == "exclude":
         excluded += np.flatnonzero(token_counts == 0).tolist()
     return GatedObjective(
+        recipe,
         AdaptiveGradientGating(
             shard,
             alpha=recipe.effective_alpha,
@@ -103,5 +139,7 @@ def build_objective(
             excluded_ids=excluded,
             data_parallel_group=data_parallel_group,
             label_smoothing=recipe.label_smoothing,
-        )
+            z_loss=recipe.z_loss,
+            soft_cap=soft_cap,
+        ),
     )

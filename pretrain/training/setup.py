@@ -24,6 +24,8 @@ from pretrain.topology import Topology
 from pretrain.training.deepspeed_config import deepspeed_config
 from pretrain.training.engine import build_engine
 from pretrain.training.objective import PlainObjective, build_objective
+from pretrain.training.rare_rows import ever_frozen
+from pretrain.training.row_updates import RowUpdates
 
 
 @dataclass
@@ -83,10 +85,15 @@ def build_run(recipe: Recipe, topology: Topology, *, init: bool = False) -> Run:
         token_counts=prepared.token_counts,
         steps_per_epoch=steps_per_epoch(prepared, recipe),
         data_parallel_group=topology.data_parallel_group,
+        soft_cap=recipe.model.logit_soft_cap,
     )
     model.output_head.loss = objective.loss
     config = deepspeed_config(recipe, topology.data_parallel_size)
     engine = build_engine(model, recipe.optimizer, config, topology)
+    couples, centers = recipe.optimizer.couple_embeddings, recipe.objective.center_rows
+    frozen_rows = objective.frozen_rows if ever_frozen(recipe.objective) else None
+    if couples or centers or frozen_rows is not None:
+        RowUpdates(engine, shard, topology.device, couples=couples, centers=centers, frozen_rows=frozen_rows)
     seed_everything(recipe.seed + 1_000_003 * (1 + topology.data_parallel_rank))
     saver = CheckpointSaver(engine, topology, recipe.checkpoint)
     return Run(recipe, topology, prepared, shard, objective, engine, config, saver, Progress(0, 0, 0))

@@ -194,6 +194,7 @@ def test_export_refuses(exported, tmp_path):
             {"ffn_hidden_size": 64},
             "linear_fc1.weight has shape (128, 32), the recipe's model has (64, 32)",
         ),
+        ("capped", {"logit_soft_cap": 30.0}, "model.logit_soft_cap is 30.0, and gpt2 models there cap no logits"),
     ]:
         with pytest.raises(UserError) as caught:
             write(change(recipe, model=change_of), weights, tmp_path / name)

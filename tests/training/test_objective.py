@@ -15,7 +15,7 @@ SHARD = VocabShard(0, 128, 100)
 COUNTS = np.array([0, 0, 50, 0] + [200] * 40 + [1] * 50 + [0] * 6, dtype=np.int64)
 
 
-def build(**fields):
+def build(soft_cap=0.0, **fields):
     return build_objective(
         ObjectiveRecipe(**fields),
         SHARD,
@@ -23,12 +23,13 @@ def build(**fields):
         token_counts=COUNTS,
         steps_per_epoch=17,
         data_parallel_group=None,
+        soft_cap=soft_cap,
     )
 
 
 def rare_after_one_step(objective) -> set[int]:
     ids = torch.repeat_interleave(torch.arange(100), torch.from_numpy(COUNTS))
-    objective.begin_step(ids)
+    objective.begin_step(ids, 1)
     return set(objective.module.current_gates().rare.nonzero().squeeze(1).tolist())
 
 
@@ -49,10 +50,24 @@ def test_label_smoothing_reaches_the_loss(method):
     objective = build(method=method, label_smoothing=0.2)
     assert isinstance(objective, GatedObjective) == (method == "agg")
     hidden, weight, target = torch.randn(9, 4), torch.randn(128, 4), torch.randint(4, 90, (9,))
-    objective.begin_step(target)
+    objective.begin_step(target, 1)
     expected = gated_linear_cross_entropy(hidden, weight, target, None, SHARD, reduction="sum", label_smoothing=0.2)
     assert torch.allclose(objective.loss(hidden, weight, target), expected)
-    assert not torch.allclose(expected, PlainObjective(SHARD, 0.0).loss(hidden, weight, target))
+    assert not torch.allclose(expected, PlainObjective(ObjectiveRecipe(), SHARD).loss(hidden, weight, target))
+
+
+@pytest.mark.parametrize("method", ["mle", "agg"])
+def test_z_loss_and_the_cap_reach_the_gradient(method):
+    objective = build(method=method, z_loss=0.3, soft_cap=1.5)
+    hidden, target = torch.randn(9, 4), torch.randint(4, 90, (9,))
+    objective.begin_step(target, 1)
+    gates = objective.module.current_gates() if method == "agg" else None
+    weight, other = (torch.ones(128, 4).mul_(0.3).requires_grad_() for _ in range(2))
+    objective.loss(hidden, weight, target).backward()
+    gated_linear_cross_entropy(
+        hidden, other, target, gates, SHARD, reduction="sum", z_loss=0.3, soft_cap=1.5
+    ).backward()
+    assert torch.equal(weight.grad, other.grad)
 
 
 def test_matrices_decay_and_vectors_do_not():

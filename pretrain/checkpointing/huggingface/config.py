@@ -88,6 +88,8 @@ def config_problems(config: dict[str, Any], model: ModelRecipe) -> list[str]:
         problems.append(
             f"GPT-2 there has keys and values for each head, model.num_query_groups is {model.num_query_groups}"
         )
+    if model.logit_soft_cap:
+        problems.append(f"no logits are capped there, model.logit_soft_cap is {model.logit_soft_cap}")
     return problems
 
 

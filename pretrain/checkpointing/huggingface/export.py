@@ -57,12 +57,14 @@ def export_huggingface(
         max_file_bytes: a larger tensor gets a file of its own.
 
     Raises:
-        UserError: ``output`` is not empty or cannot be written, the parameters are not those of ``model``, or
-            packages are missing.
+        UserError: ``output`` is not empty or cannot be written, the parameters are not those of ``model``, its logits
+            are capped, or packages are missing.
     """
     output = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder; choose another --output")
+    if model.logit_soft_cap:
+        raise UserError(f"model.logit_soft_cap is {model.logit_soft_cap}, and {model.style} models there cap no logits")
     tokenizer = Tokenizer.load(tokenizer_file)
     maps = tensor_maps(model, tokenizer.vocab_size)
     _check_names(set(names), {entry.ours for entry in maps})
