@@ -92,4 +92,4 @@ class LossProbe:
 
 def probe_columns(gates: Gates, real: int, dtype: torch.dtype) -> torch.Tensor:
     """[real, 3]: 1 for rare rows, ``1 - g1`` and ``1 - g2``."""
-    return torch.stack([gates.rare.to(gates.g1.dtype), 1 - gates.g1, 1 - gates.g2], 1)[:real].to(dtype)
+    return torch.stack([gates.rare.double(), 1 - gates.g1.double(), 1 - gates.g2.double()], 1)[:real].to(dtype)
