@@ -247,8 +247,15 @@ def _isotropies(
     for _, chunk in _row_chunks(weight, shard, rows):
         along = chunk @ directions
         for i, scale in enumerate(scales):
-            both_signs = torch.cat([(scale * along).logsumexp(0), (-scale * along).logsumexp(0)])
-            log_z[i] = torch.logaddexp(log_z[i], both_signs)
+            log_z[i] = torch.logaddexp(log_z[i], _log_sums_of_both_signs(scale * along))
     highest = shard.all_reduce(log_z.clone(), dist.ReduceOp.MAX)
     log_z = shard.all_reduce((log_z - highest).exp()).log() + highest
     return [float((one.min() - one.max()).exp()) for one in log_z]
+
+
+def _log_sums_of_both_signs(values: torch.Tensor) -> torch.Tensor:
+    """[2 D]: ``log sum_c exp`` of ``values`` [c, D] and of ``-values``; as plain sums unless those might overflow."""
+    if values.numel() and values.abs().amax() > 300:
+        return torch.cat([values.logsumexp(0), (-values).logsumexp(0)])
+    powers = values.exp()
+    return torch.cat([powers.sum(0), powers.reciprocal().sum(0)]).log()
