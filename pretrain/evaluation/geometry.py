@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from agg import VocabShard
 
-CHUNK_ROWS = 8192  # rows held in fp64 at a time
+# Elements held in fp64 at a time: on a CPU 1 MiB, which stays in its cache.
+CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ def _row_chunks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Global ids [c] and fp64 rows [c, D] of what counts here, a chunk at a time. It may be none."""
     local = _counted_rows(weight, shard, rows).nonzero().squeeze(1)
-    for first in range(0, len(local), CHUNK_ROWS):
-        part = local[first : first + CHUNK_ROWS]
+    chunk_rows = max(128, CHUNK_ELEMENTS.get(weight.device.type, 2**17) // weight.shape[1])
+    for first in range(0, len(local), chunk_rows):
+        part = local[first : first + chunk_rows]
         yield part + shard.start, weight[part].double()
 
 
