@@ -77,6 +77,12 @@ def test_neither_reduction_nor_what_is_added_to_the_loss_matters(options: dict[s
     assert share(problem, problem.shard(0, 1), **options) == pytest.approx(dense_share(problem), rel=1e-12)
 
 
+def test_backward_of_single_losses_is_not_counted_again() -> None:
+    problem, probe = make_problem(), LossProbe()
+    probed(problem, problem.shard(0, 1), probe, reduction="none")
+    assert len(probe.token_losses) == 2
+
+
 def test_of_capped_logits() -> None:
     problem = make_problem()
     capped = 2 * torch.tanh(problem.hidden @ problem.weight.T / 2)
