@@ -5,13 +5,16 @@ from agg.frequency import TokenFrequency
 from agg.gating import Gates, alpha_of_rare_fraction, rarity_gates
 from agg.linear_cross_entropy import gated_linear_cross_entropy
 from agg.module import AdaptiveGradientGating
+from agg.probe import GatedShare, LossProbe
 from agg.reference import reference_gated_cross_entropy
 from agg.vocab_shard import VocabShard
 
 __all__ = [
     "AdaptiveGradientGating",
     "DecayedTokenFrequency",
+    "GatedShare",
     "Gates",
+    "LossProbe",
     "TokenFrequency",
     "VocabShard",
     "alpha_of_rare_fraction",

@@ -16,6 +16,7 @@ section 2: ``z = cap tanh(s / cap)``), ``((1 + 2 c log Z) P - Y) * (1 - tanh^2)`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from agg import kernels
 from agg.gating import Gates
+from agg.probe import LossProbe
 from agg.sweep import Job, Sweep, sum_dtype
 from agg.vocab_shard import VocabShard
 
@@ -44,6 +46,7 @@ def gated_linear_cross_entropy(
     chunk_tokens: int | None = None,
     z_loss: float = 0.0,
     soft_cap: float = 0.0,
+    probe: LossProbe | None = None,
 ) -> torch.Tensor:
     """``cross_entropy(hidden @ weight.T, target)`` whose gradient of ``weight`` passes through ``gates``.
 
@@ -63,6 +66,7 @@ def gated_linear_cross_entropy(
         chunk_tokens: C. None: ``CHUNK_LOGITS`` over the rows of an even shard, at least 256.
         z_loss: c; the gradient is that of the loss plus ``c log^2 Z`` of each position, Z the norm of its softmax.
         soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits; 0: as they are.
+        probe: is told what the gates take and the loss of each token.
 
     Raises:
         ValueError: shapes, sizes or options that do not fit.
@@ -79,7 +83,7 @@ def gated_linear_cross_entropy(
     _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(-(-shard.vocab_size // shard.world_size), hidden.device.type)
-    job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap)
+    job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap, probe)
     losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, job, reduction)  # type: ignore[no-untyped-call]
     return losses
 
@@ -171,7 +175,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.reduction == "none":
             hidden, weight = ctx.saved_tensors
             row_scale = torch.where(ctx.job.valid(), loss_grad.to(sum_dtype(hidden.dtype)), 0)
-            sweep = Sweep(ctx.job, hidden, weight, row_scale, *ctx.needs_input_grad[:2]).run()
+            job = dataclasses.replace(ctx.job, probe=None)  # it was told in forward
+            sweep = Sweep(job, hidden, weight, row_scale, *ctx.needs_input_grad[:2]).run()
             return sweep.hidden_grad, sweep.weight_grad, None, None
         if ctx.gradients is None:
             raise RuntimeError("backward ran through this loss before; give retain_graph=True to run it again")

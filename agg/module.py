@@ -12,6 +12,7 @@ from agg.decayed_frequency import DecayedTokenFrequency
 from agg.frequency import TokenFrequency
 from agg.gating import Gates, alpha_of_rare_fraction, rarity_gates
 from agg.linear_cross_entropy import gated_linear_cross_entropy
+from agg.probe import LossProbe
 from agg.vocab_shard import VocabShard
 
 
@@ -109,7 +110,12 @@ class AdaptiveGradientGating(torch.nn.Module):
         return self.gates
 
     def forward(
-        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, reduction: str = "mean"
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        reduction: str = "mean",
+        probe: LossProbe | None = None,
     ) -> torch.Tensor:
         """The loss of ``hidden`` [T, D] against ``target`` [T] under ``weight`` [V_local, D]."""
         gates = None
@@ -130,6 +136,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             chunk_tokens=self.chunk_tokens,
             z_loss=self.z_loss,
             soft_cap=self.soft_cap,
+            probe=probe,
         )
         if self.training:
             fault = ~torch.isfinite(loss.detach()).all()

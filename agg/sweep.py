@@ -12,6 +12,7 @@ import torch
 
 from agg import kernels
 from agg.gating import Gates
+from agg.probe import LossProbe, probe_columns
 from agg.vocab_shard import VocabShard
 
 
@@ -27,6 +28,7 @@ class Job:
     chunk_tokens: int
     z_loss: float = 0.0
     soft_cap: float = 0.0
+    probe: LossProbe | None = None
 
     def valid(self) -> torch.Tensor:
         """bool [T]: not ignored."""
@@ -79,6 +81,9 @@ class Sweep:
         self._hidden_sum = torch.zeros_like(hidden, dtype=self.sum_dtype) if needs_hidden else None
         self._weight_sum = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_weight else None
         self._factors = None if job.gates is None else row_factors(job.gates, hidden.dtype)
+        self._probe_columns: torch.Tensor | None = None
+        if job.probe is not None and job.gates is not None:
+            self._probe_columns = probe_columns(job.gates, job.shard.real, hidden.dtype)
         self._smoothing_per_id = job.label_smoothing / job.shard.vocab_size
         self._row_sum = self.real.sum(0, dtype=self.sum_dtype) if job.label_smoothing else None  # local, [D]
         self._row_sum_all = None if self._row_sum is None else job.shard.all_reduce(self._row_sum.clone())
@@ -89,6 +94,8 @@ class Sweep:
         self._logits = self.hidden.new_empty(min(self.job.chunk_tokens, len(order)), self.real.shape[0])
         for first in range(0, len(order), self.job.chunk_tokens):
             self._chunk(order[first : first + self.job.chunk_tokens], first, rare_count)
+        if self.job.probe is not None:
+            self.job.probe.token_losses.append((self.job.target, self.losses))
         if self._weight_sum is not None:
             if self._factors is not None:
                 self._weight_sum.mul_(self._factors[1][:, None])
@@ -115,6 +122,9 @@ class Sweep:
         )
         losses = log_norm - own_logit
         own_p = torch.where(here, (-losses).exp(), 0)
+        if self._probe_columns is not None and self.job.probe is not None:
+            of_chunk = (self._rows[chunk], self._is_rare[chunk], self._valid[chunk])
+            self.job.probe.add_pushes(self._probe_columns, local_p, factor, own_p, losses, *of_chunk)
         if self.job.z_loss:  # d(z_loss log_norm^2)/d(logit) = 2 z_loss log_norm P
             more = 1 + 2 * self.job.z_loss * log_norm
             factor, own_p = factor * more, own_p * more

@@ -183,7 +183,7 @@ class SpikesRecipe:
 @dataclass(frozen=True, kw_only=True)
 class ReportingRecipe:
     log_every_steps: int = 10
-    geometry_every_steps: int = 50  # isotropy, mean cosine, mean shift
+    geometry_every_steps: int = 50  # the embedding's shape, gates, loss by frequency: pretrain.training.metrics
     validate_every_steps: int = 100
     validation_sequences: int = 64  # the first so many of the valid split; 0: all
     tensorboard: bool = True  # where it is installed

@@ -15,6 +15,9 @@ GROUPS = ("frequent", "medium", "rare")
 LAST_PERCENT = (30, 80)  # of the sorted vocabulary: where frequent and medium end
 
 
+DECILES = (*(str(place) for place in range(1, 11)), "never_seen")
+
+
 def frequency_groups(token_counts: torch.Tensor) -> torch.Tensor:
     """int8 [V]: the place of each id's group in :data:`GROUPS`.
 
@@ -28,6 +31,22 @@ def frequency_groups(token_counts: torch.Tensor) -> torch.Tensor:
     groups[order[:medium_end]] = GROUPS.index("medium")
     groups[order[:frequent_end]] = GROUPS.index("frequent")
     return groups
+
+
+def frequency_deciles(token_counts: torch.Tensor) -> torch.Tensor:
+    """int8 [V]: the place of each id in :data:`DECILES`; 1 holds the most frequent tenth of the ids that occur.
+
+    Unlike the groups, the tenths are of the n ids that occur: the id at place r, counted from 0, is in
+    ``1 + floor(10 r / n)``, so below ten such ids some are empty. Ids that never occur are on their own.
+
+    Args:
+        token_counts: int64 [V], how often each id occurs in the training data. Equal counts are ordered by id.
+    """
+    order = token_counts.sort(descending=True, stable=True).indices
+    seen = int((token_counts > 0).sum())
+    deciles = torch.full_like(order, DECILES.index("never_seen"), dtype=torch.int8)
+    deciles[order[:seen]] = (10 * torch.arange(seen) // max(seen, 1)).to(torch.int8)
+    return deciles
 
 
 class GroupedPerplexity:
@@ -81,9 +100,13 @@ class GroupedPerplexity:
 
     def perplexity(self) -> dict[str, float | None]:
         """``exp(mean loss)`` for each group and ``total``; None without a target, inf where it overflows."""
+        return {name: None if loss is None else _exp(loss) for name, loss in self.mean_loss().items()}
+
+    def mean_loss(self) -> dict[str, float | None]:
+        """Nats per token for each group and ``total``; None without a target."""
         loss_sums, counts = self._loss_sums.tolist(), self.target_tokens()
-        result = {name: _perplexity(loss_sums[i], counts[name]) for i, name in enumerate(GROUPS)}
-        return {**result, "total": _perplexity(math.fsum(loss_sums), counts["total"])}
+        sums = {**dict(zip(GROUPS, loss_sums, strict=True)), "total": math.fsum(loss_sums)}
+        return {name: loss_sum / counts[name] if counts[name] else None for name, loss_sum in sums.items()}
 
     def target_tokens(self) -> dict[str, int]:
         """Targets in each group and in ``total``."""
@@ -102,10 +125,8 @@ class GroupedPerplexity:
         return {**dict(zip(GROUPS, sums.tolist(), strict=True)), "total": int(sums.sum())}
 
 
-def _perplexity(loss_sum: float, count: int) -> float | None:
-    if not count:
-        return None
+def _exp(loss: float) -> float:
     try:
-        return math.exp(loss_sum / count)
+        return math.exp(loss)
     except OverflowError:
         return math.inf

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from agg import VocabShard
 
-CHUNK_ROWS = 8192  # rows held in fp64 at a time
+# Elements held in fp64 at a time: on a CPU 1 MiB, which stays in its cache.
+CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ def _row_chunks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Global ids [c] and fp64 rows [c, D] of what counts here, a chunk at a time. It may be none."""
     local = _counted_rows(weight, shard, rows).nonzero().squeeze(1)
-    for first in range(0, len(local), CHUNK_ROWS):
-        part = local[first : first + CHUNK_ROWS]
+    chunk_rows = max(128, CHUNK_ELEMENTS.get(weight.device.type, 2**17) // weight.shape[1])
+    for first in range(0, len(local), chunk_rows):
+        part = local[first : first + chunk_rows]
         yield part + shard.start, weight[part].double()
 
 
@@ -247,8 +249,15 @@ def _isotropies(
     for _, chunk in _row_chunks(weight, shard, rows):
         along = chunk @ directions
         for i, scale in enumerate(scales):
-            both_signs = torch.cat([(scale * along).logsumexp(0), (-scale * along).logsumexp(0)])
-            log_z[i] = torch.logaddexp(log_z[i], both_signs)
+            log_z[i] = torch.logaddexp(log_z[i], _log_sums_of_both_signs(scale * along))
     highest = shard.all_reduce(log_z.clone(), dist.ReduceOp.MAX)
     log_z = shard.all_reduce((log_z - highest).exp()).log() + highest
     return [float((one.min() - one.max()).exp()) for one in log_z]
+
+
+def _log_sums_of_both_signs(values: torch.Tensor) -> torch.Tensor:
+    """[2 D]: ``log sum_c exp`` of ``values`` [c, D] and of ``-values``; as plain sums unless those might overflow."""
+    if values.numel() and values.abs().amax() > 300:
+        return torch.cat([values.logsumexp(0), (-values).logsumexp(0)])
+    powers = values.exp()
+    return torch.cat([powers.sum(0), powers.reciprocal().sum(0)]).log()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +17,18 @@ from pretrain.cluster.incarnation import watch_fence
 from pretrain.cluster.preflight import preflight
 from pretrain.console import bar, say
 from pretrain.data.loader import MicroBatch, TrainingBatches, training_dataset
-from pretrain.evaluation.geometry import measure_geometry
 from pretrain.files import write_json
 from pretrain.model.size import model_size, peak_flops, training_flops_per_token
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
-from pretrain.training.engine import apply_update, whole_output_embedding
+from pretrain.training.engine import apply_update
+from pretrain.training.measures import Measures, due
 from pretrain.training.metrics import MetricsWriter
 from pretrain.training.schedule import learning_rate
 from pretrain.training.setup import Run, build_run
 from pretrain.training.spikes import Spike, after_skipping, after_training, find_spike, pass_over, stop_for
 from pretrain.training.stopping import Stop, StopSignals
-from pretrain.training.validation import measure_perplexity
 from pretrain.training.watchdog import PATIENCE, Watchdog
 
 
@@ -96,7 +94,7 @@ def _run_steps(
     watchdog: Watchdog,
 ) -> None:
     recipe, topology = run.recipe, run.topology
-    clock, steps = _Clock(run), iter(batches)
+    clock, steps, measures = _Clock(run), iter(batches), Measures(run)
     saved, rollbacks, stopping, patience = run.progress.step, 0, False, PATIENCE
     with bar(last, "training", "step", show=topology.is_first, initial=run.progress.step) as progress_bar:
         while run.progress.step < last and not stopping:
@@ -104,21 +102,22 @@ def _run_steps(
             micro_batches = [
                 (tokens.to(topology.device), targets.to(topology.device)) for tokens, targets in next(steps)
             ]
+            measures.begin_step(run.progress.step + 1, last)
             done = train_step(run, micro_batches, stop.wanted_here())
             step, stopping, patience = run.progress.step, done.stop, 1.0
             clock.count(0 if done.spike else done.tokens)
             progress_bar.update()
-            measured, saving = _measures_due(recipe, step, last), _due(step, recipe.checkpoint.every_steps, last)
+            measured, saving = measures.due(step, last), due(step, recipe.checkpoint.every_steps, last)
             if measured or saving:
                 watchdog.expect(f"measuring and saving at step {step}", PATIENCE)
             if done.spike is not None and done.spike.action == "rollback":
                 watchdog.expect(f"going back from step {step}", PATIENCE)
                 rollbacks += 1
                 done = replace(done, back_to_step=_roll_back(run, done.spike, folder, writer, rollbacks))
-            if measured or done.spike is not None or _due(step, recipe.reporting.log_every_steps, last):
+            if measured or done.spike is not None or due(step, recipe.reporting.log_every_steps, last):
                 record: dict[str, Any] = {"step": step, "tokens": run.progress.consumed_tokens}
                 record |= done.record() | clock.rates() | run.saver.seconds()
-                record |= _measures(run, step, last, trained=done.spike is None)
+                record |= measures.record(step, last, trained=done.spike is None)
                 if writer is not None:
                     writer.write(record)
                 progress_bar.set_postfix_str(
@@ -232,37 +231,6 @@ def load_newest(run: Run, folder: RunFolder) -> Progress | None:
         run.recipe.seed,
         allow_changes=run.allows_changes,
     )
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    """Every so many steps and at the end; never if 0."""
-    return every > 0 and (step % every == 0 or step == last)
-
-
-def _measures_due(recipe: Recipe, step: int, last: int) -> bool:
-    reporting = recipe.reporting
-    return _due(step, reporting.geometry_every_steps, last) or _due(step, reporting.validate_every_steps, last)
-
-
-def _measures(run: Run, step: int, last: int, *, trained: bool) -> dict[str, Any]:
-    """What is measured at this step besides the loss; collectives, the same on all ranks."""
-    reporting, record = run.recipe.reporting, dict[str, Any]()
-    rare_fraction = run.objective.rare_fraction() if trained else None
-    if rare_fraction is not None:
-        record["rare_fraction"] = rare_fraction
-    if _due(step, reporting.geometry_every_steps, last):
-        with whole_output_embedding(run.engine) as weight:
-            geometry = measure_geometry(weight, run.shard)
-        for name in ("isotropy", "isotropy_unit_norm", "mean_cosine", "mean_shift"):
-            record[name] = getattr(geometry, name)
-    if _due(step, reporting.validate_every_steps, last):
-        grouped = measure_perplexity(
-            run.engine, run.prepared, run.recipe, run.topology, "valid", reporting.validation_sequences
-        )
-        perplexity = grouped.perplexity()
-        record["validation_perplexity"] = perplexity
-        record["validation_loss"] = math.log(perplexity["total"]) if perplexity["total"] else None
-    return record
 
 
 class _Clock:

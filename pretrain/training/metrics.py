@@ -9,9 +9,26 @@ tokens_per_second           all ranks, mean since the last record
 step_seconds                mean since the last record
 mfu                         share of the devices' dense bf16 peak, where it is known
 rare_fraction               share of the vocabulary that is rare in this step, and so gated (objective.rare_rows)
-isotropy, ...               of the output embedding, all tensor-parallel ranks (pretrain.evaluation.geometry)
+
+Every reporting.geometry_every_steps, and after the last step; the same on any layout:
+
+isotropy, isotropy_unit_norm, mean_cosine, mean_shift, effective_rank, top_singular_share, mean_row_norm
+                            of the output embedding's rows after the step (pretrain.evaluation.geometry)
+seen_rows                   the same of the rows whose ids occur in the train shards; absent where all do
+row_norm_by_decile          mean norm of the output embedding's rows by training count: 1 is the most frequent tenth of
+                            the ids that occur, 10 the rarest; never_seen the ids that do not
+g1_by_decile, g2_by_decile  mean gates of this step; 1 is open
+gated_share                 what gates took from this step's gradient of the logits, over the global batch: of_all and
+                            of_rare, what pushes rare rows away (agg.probe); frozen rows count as their gates say
+loss_by_group               nats per token of this step's global batch by frequency group; total is loss
+
+Every reporting.validate_every_steps, and after the last step:
+
 validation_loss             nats per token, mean over the valid split or its first sequences
 validation_perplexity       the same by frequency group
+
+When it happens:
+
 skipped                     of a step that was not trained on, instead of loss, learning_rate and grad_norm: reason,
                             loss and grad_norm; after a rollback also back_to_step, whose records up to here are gone
                             (pretrain.training.spikes)

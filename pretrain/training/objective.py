@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from agg import AdaptiveGradientGating, VocabShard, gated_linear_cross_entropy
+from agg import AdaptiveGradientGating, Gates, LossProbe, VocabShard, gated_linear_cross_entropy
 from pretrain.recipe import ObjectiveRecipe
 from pretrain.training.penalties import cosine_penalty, mean_penalty
 from pretrain.training.rare_rows import treated, treatment_at
@@ -24,6 +24,7 @@ class PlainObjective:
 
     def __init__(self, recipe: ObjectiveRecipe, shard: VocabShard, soft_cap: float = 0.0) -> None:
         self._recipe, self._shard, self._soft_cap = recipe, shard, soft_cap
+        self.probe: LossProbe | None = None  # of the steps that are measured
 
     def begin_step(self, targets: torch.Tensor, step: int) -> None:
         """Be told all of this rank's targets of the coming optimizer step, and its number, the first being 1."""
@@ -53,7 +54,12 @@ class PlainObjective:
             label_smoothing=self._recipe.label_smoothing,
             z_loss=self._recipe.z_loss,
             soft_cap=self._soft_cap,
+            probe=self.probe,
         )
+
+    def gates(self) -> Gates | None:
+        """Of this rank's rows in the step that was begun last; None: nothing is gated."""
+        return None
 
     def rare_fraction(self) -> float | None:
         """Share of the vocabulary that is rare in this step; None: nothing is counted."""
@@ -87,8 +93,11 @@ class GatedObjective(PlainObjective):
         self.module.undo_step()
 
     def _cross_entropy(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.module(hidden, weight, target, reduction="sum")
+        loss: torch.Tensor = self.module(hidden, weight, target, reduction="sum", probe=self.probe)
         return loss
+
+    def gates(self) -> Gates | None:
+        return self.module.current_gates()
 
     def rare_fraction(self) -> float | None:
         shard = self.module.shard

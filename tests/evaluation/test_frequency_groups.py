@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.evaluation.frequency_groups import GROUPS, GroupedPerplexity, frequency_groups
+from pretrain.evaluation.frequency_groups import GROUPS, GroupedPerplexity, frequency_deciles, frequency_groups
 from tests.distributed import run_ranks
 
 VOCAB, TOKENS = 53, 400
@@ -42,6 +42,17 @@ def test_ties_are_broken_by_id() -> None:
     assert frequency_groups(torch.full((1000,), 4)).tolist() == [0] * 300 + [1] * 500 + [2] * 200
 
 
+def test_deciles_are_tenths_of_the_ids_that_occur() -> None:
+    counts = torch.cat([torch.zeros(3), torch.full((10,), 5), torch.arange(6, 16)]).long()
+    rising = [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    assert frequency_deciles(counts).tolist() == [10] * 3 + [5, 5, 6, 6, 7, 7, 8, 8, 9, 9] + rising
+    assert frequency_deciles(counts).dtype == torch.int8
+    sizes = torch.bincount(frequency_deciles(torch.arange(507)).long()).tolist()
+    assert sizes[10] == 1 and sum(sizes) == 507 and set(sizes[:10]) == {50, 51}
+    assert frequency_deciles(torch.tensor([2, 0, 1])).tolist() == [0, 10, 5]  # some tenths are empty
+    assert frequency_deciles(torch.zeros(2).long()).tolist() == [10, 10]
+
+
 def test_numbers_are_those_of_the_definition() -> None:
     groups, losses, targets, predictions = batch()
     found = GroupedPerplexity(groups)
@@ -53,6 +64,7 @@ def test_numbers_are_those_of_the_definition() -> None:
         member = kept.clone()
         member[kept] &= True if i is None else groups[targets[kept]] == i
         assert found.perplexity()[name] == pytest.approx(math.exp(losses[member].double().mean()))
+        assert found.mean_loss()[name] == pytest.approx(float(losses[member].double().mean()))
         assert found.target_tokens()[name] == int(member.sum())
         assert found.unique_targets()[name] == len(set(targets[member].tolist()))
         distinct = set(predictions[kept].tolist())
