@@ -87,17 +87,18 @@ class GatedObjective(PlainObjective):
     def begin_step(self, targets: torch.Tensor, step: int) -> None:
         self.module.begin_step(targets)
         self._treatment = treatment_at(self._recipe, step)
-        self.module.gates = treated(self.module.current_gates(), self._treatment, self._recipe.gates)
 
     def undo_step(self) -> None:
         self.module.undo_step()
 
     def _cross_entropy(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.gates()  # not before the first loss call of a step: counts are on their way during the forward pass
         loss: torch.Tensor = self.module(hidden, weight, target, reduction="sum", probe=self.probe)
         return loss
 
-    def gates(self) -> Gates | None:
-        return self.module.current_gates()
+    def gates(self) -> Gates:
+        self.module.gates = treated(self.module.current_gates(), self._treatment, self._recipe.gates)
+        return self.module.gates
 
     def rare_fraction(self) -> float | None:
         shard = self.module.shard
@@ -105,7 +106,7 @@ class GatedObjective(PlainObjective):
         return int(rare) / shard.vocab_size
 
     def frozen_rows(self) -> torch.Tensor | None:
-        return self.module.current_gates().rare if self._treatment == "freeze" else None
+        return self.gates().rare if self._treatment == "freeze" else None
 
     def state_dict(self) -> dict[str, Any]:
         return self.module.frequency.state_dict()

@@ -98,10 +98,11 @@ def test_a_second_signal_leaves_at_once(prepared_recipe, tmp_path):
 def interrupted(rank, world_size, recipe, what):
     """Rank 1 gets a signal while all save, or evaluate; or somebody makes the file while they save."""
     import pretrain.training.loop as loop
+    import pretrain.training.measures as measures
     from pretrain.topology import connect
 
-    name = "save" if what == "file" else what
-    real = getattr(loop, name)
+    name, where = ("save", loop) if what in ("save", "file") else (what, measures)
+    real = getattr(where, name)
 
     def with_stop(*arguments, **options):
         if rank == 1 and what == "file":
@@ -111,7 +112,7 @@ def interrupted(rank, world_size, recipe, what):
         time.sleep(0.2)
         return real(*arguments, **options)
 
-    setattr(loop, name, with_stop)
+    setattr(where, name, with_stop)
     with StopSignals() as signals:
         return loop.train(recipe, connect(recipe), None, signals).step
 
