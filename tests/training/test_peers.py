@@ -25,6 +25,9 @@ PEERS = {  # stronger than in the recipes: six steps must show them
     },
 }
 
+# All at once say whether any differs; which one it is, the long tests do.
+EACH_AND_ALL = [name if name == "agg and all" else pytest.param(name, marks=pytest.mark.long) for name in PEERS]
+
 
 @pytest.fixture(scope="module")
 def alone(prepared_recipe, tmp_path_factory):
@@ -41,7 +44,7 @@ def alone(prepared_recipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("tensor_parallel", "world_size", "stage"), [(1, 2, 1), (2, 4, 3)])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", EACH_AND_ALL)
 def test_a_run_is_the_same_on_every_layout(prepared_recipe, alone, tmp_path, name, tensor_parallel, world_size, stage):
     parallel = {"tensor_model_parallel_size": tensor_parallel, "sharding": f"zero{stage}"}
     recipe = change(change(prepared_recipe, output_root=str(tmp_path), parallel=parallel), **PEERS[name])

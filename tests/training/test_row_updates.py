@@ -20,6 +20,7 @@ FEATURES = {
     "frozen": {"objective": {"rare_rows": "freeze", "switch_step": THAWS, "rare_rows_after": "train"}},
 }
 LAYOUTS = [(1, 1, 0), (1, 4, 1), (1, 4, 2), (1, 4, 3), (2, 1, 0), (2, 2, 0), (2, 2, 1), (2, 2, 3)]  # tensor, data, ZeRO
+SHORT = [(1, 4, 2), (2, 2, 1), (2, 2, 3)]  # the others are long tests
 
 
 def variant(recipe, feature: str, layout=(1, 1, 0), model=MODEL, **sections):
@@ -165,7 +166,9 @@ def dense(prepared_recipe):
     return run
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [one if one in SHORT else pytest.param(one, marks=pytest.mark.long) for one in LAYOUTS], ids=str
+)
 @pytest.mark.parametrize("feature", DENSE)
 def test_equals_the_dense_formula(prepared_recipe, dense, feature, layout):
     losses, norms, rows = whole(run_ranks(train_rows, layout[0] * layout[1], variant(prepared_recipe, feature, layout)))
