@@ -13,20 +13,20 @@ from tests.slurm.waiting import wait_until
 pytestmark = pytest.mark.slurm
 
 ONCE_MORE_AFTER_A_RESTART = """#!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append
+#SBATCH --nodes=2 --ntasks-per-node=1 --exclusive --requeue --open-mode=append
 echo "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
 [ "${SLURM_RESTART_COUNT:-0}" -ge 1 ] && exit 0
 srun sh -c 'echo task on $(hostname); exec sleep 300'
 """
 
 
-@pytest.fixture
-def begun(cluster, tmp_path):
-    """A job on two nodes whose tasks sleep; it ends at once when it is started again."""
-    (tmp_path / "job.sh").write_text(ONCE_MORE_AFTER_A_RESTART)
-    job = cluster.submit(str(tmp_path / "job.sh"))
+def begin(cluster, folder):
+    """A job on two nodes whose tasks sleep; it ends at once when it is started again. And the node of its last task."""
+    script = folder / "job.sh"
+    script.write_text(ONCE_MORE_AFTER_A_RESTART)
+    job = cluster.submit(str(script))
     wait_until(lambda: cluster.output(job).count("task on") == 2, 20, "tasks", lambda: cluster.output(job))
-    return job
+    return job, cluster.hosts_of(job)[1]
 
 
 def reaches(cluster, node, other):
@@ -59,30 +59,27 @@ def test_eight_nodes_answer(cluster):
     assert not cluster.run("node1", "ls", "/dev/shm")
 
 
-def test_a_crashed_node(cluster, begun):
-    victim = cluster.hosts_of(begun)[1]
-    cluster.crash(victim)
-    cluster.wait_for(begun, "COMPLETED", seconds=90, restarts=1)
-    assert victim not in cluster.hosts_of(begun) and "start 1" in cluster.output(begun)
-    assert "down" in cluster.node_states()[victim]
-    cluster.boot(victim)
-    cluster.wait_for_idle()
-    job = cluster.submit(f"--nodelist={victim}", "--wrap", "hostname")
-    cluster.wait_for(job, "COMPLETED", seconds=20)
-    assert cluster.output(job).split() == [victim]
-
-
-def test_a_cut_cable_leaves_the_old_tasks_alive(cluster, begun):
-    victim = cluster.hosts_of(begun)[1]
-    tasks = cluster.processes(victim, "sleep 300")
+def test_a_crashed_node_and_a_cut_cable(cluster, tmp_path):
+    """Both jobs go on elsewhere; of the one with the cut cable an old task lives on."""
+    crashed_job, crashed = begin(cluster, tmp_path)
+    cut_job, cut = begin(cluster, tmp_path)
+    tasks = cluster.processes(cut, "sleep 300")
     assert len(tasks) == 1
-    cluster.unplug(victim)
-    cluster.wait_for(begun, "COMPLETED", seconds=90, restarts=1)
-    assert victim not in cluster.hosts_of(begun)
-    assert cluster.processes(victim, "sleep 300") == tasks
-    assert not reaches(cluster, "node8", victim)
-    cluster.plug(victim)
-    wait_until(lambda: reaches(cluster, "node8", victim), 20, "connection")
+    cluster.crash(crashed)
+    cluster.unplug(cut)
+    for job, victim in ((crashed_job, crashed), (cut_job, cut)):
+        cluster.wait_for(job, "COMPLETED", seconds=90, restarts=1)
+        assert victim not in cluster.hosts_of(job) and "start 1" in cluster.output(job)
+        assert "down" in cluster.node_states()[victim]
+    assert cluster.processes(cut, "sleep 300") == tasks
+    assert not reaches(cluster, "node8", cut)
+    cluster.plug(cut)
+    wait_until(lambda: reaches(cluster, "node8", cut), 20, "connection")
+    cluster.boot(crashed)
+    cluster.wait_for_state(crashed, lambda state: state == "idle", 60)
+    job = cluster.submit(f"--nodelist={crashed}", "--wrap", "hostname")
+    cluster.wait_for(job, "COMPLETED", seconds=20)
+    assert cluster.output(job).split() == [crashed]
 
 
 def test_what_a_node_mounts_is_seen_by_it_alone(cluster, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.slurm.cluster import ROOT
-from tests.slurm.runs import ONE_RANK_A_NODE, RECIPE, TWO_NODES, last_line
+from tests.slurm.runs import ONE_RANK_A_NODE, RECIPE, last_line
 
 pytestmark = pytest.mark.slurm
 
@@ -70,7 +70,7 @@ def test_no_room_for_two_checkpoints(runs):
     fill = f"head -c 100m /dev/zero > {disk}/filler; truncate -s -500K {disk}/filler"
     runs.cluster.run("node1", "sh", "-c", fill)
     try:
-        output = refused(runs, "no_room", *TWO_NODES, overrides=(f"output_root={disk}",))
+        output = refused(runs, "no_room", *OPTIONS, overrides=(*LAYOUT, f"output_root={disk}"))
     finally:
         runs.cluster.run("node1", "rm", f"{disk}/filler")
     assert f"{disk}/no_room has" in output and "free on its disk" in output

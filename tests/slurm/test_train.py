@@ -44,24 +44,24 @@ def test_signal_before_the_time_limit(runs, calm):
     assert [event["step"] for event in runs.events("warned", "begin")] == [0, first["step"]]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_node_crash(runs, calm, victim):
-    """Of the batch host, on which launch.sh and rank 0 run, and of the other one."""
-    name = f"crashed_{victim}"
-    job = runs.train(name, *TWO_NODES)
-    runs.wait_for_step(name, job, MID_RUN)
-    runs.cluster.crash(runs.cluster.hosts_of(job)[victim])
-    assert runs.records(name) < STEPS
-    runs.cluster.wait_for(job, "COMPLETED", seconds=240, restarts=1)
-    runs.assert_same(name, calm)
-    first, second = runs.events(name, "begin")
-    assert first["step"] == 0 and second["step"] in range(10, STEPS, 10)
-    assert first["nodes"][victim] not in second["nodes"]
-    # Ranks on the other node may end, and say so, before SLURM takes the job away, or while it does.
-    without_a_word = f"incarnation {job}.0 on {', '.join(first['nodes'])} ended without a word"
-    lost = f"job {job}.0 (requeued|stopped) at step {second['step']}: contact lost with {first['nodes'][victim]}"
-    output = runs.cluster.output(job)
-    assert without_a_word in output or re.search(lost, output), output
+def test_node_crash(runs, calm):
+    """Two jobs at once: one loses the batch host, on which launch.sh and rank 0 run, one the other node."""
+    jobs = {victim: runs.train(f"crashed_{victim}", *TWO_NODES) for victim in (0, 1)}
+    for victim, job in jobs.items():
+        runs.wait_for_step(f"crashed_{victim}", job, MID_RUN)
+        runs.cluster.crash(runs.cluster.hosts_of(job)[victim])
+        assert runs.records(f"crashed_{victim}") < STEPS
+    for victim, job in jobs.items():
+        runs.cluster.wait_for(job, "COMPLETED", seconds=240, restarts=1)
+        runs.assert_same(f"crashed_{victim}", calm)
+        first, second = runs.events(f"crashed_{victim}", "begin")
+        lost = first["nodes"][victim]
+        assert first["step"] == 0 and second["step"] in range(10, STEPS, 10) and lost not in second["nodes"]
+        # Ranks on the other node may end, and say so, before SLURM takes the job away, or while it does.
+        without_a_word = f"incarnation {job}.0 on {', '.join(first['nodes'])} ended without a word"
+        contact_lost = f"job {job}.0 (requeued|stopped) at step {second['step']}: contact lost with {lost}"
+        output = runs.cluster.output(job)
+        assert without_a_word in output or re.search(contact_lost, output), output
 
 
 def test_cut_cable(runs, calm):
