@@ -222,7 +222,7 @@ class HuggingFaceModel:
         changed = tokens.clone()
         changed[0, -1] = 0
         first, second = (self._model(ids, use_cache=False).logits[0, :-1].float() for ids in (tokens, changed))
-        if not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
+        if not torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
             raise UserError(f"{folder} has a model that sees the tokens to come: it is not a causal language model")
 
 
