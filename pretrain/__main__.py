@@ -95,10 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     added = verb(
         "evaluate",
         "pretrain.commands:evaluate",
-        "Perplexity by frequency group, unique tokens, geometry: evaluation.json.",
+        "Perplexity by frequency group, geometry, word similarity, generation: evaluation.json.",
     )
-    added.add_argument("folder", metavar="RUN", type=Path)
-    added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest")
+    added.add_argument("folder", metavar="RUN", type=Path, help="a run, or a Hugging Face folder")
+    added.add_argument("--checkpoint", type=_positive, metavar="STEP", help="instead of the latest: to evaluations/")
+    of_published = added.add_argument_group("for a Hugging Face folder")
+    of_published.add_argument("--data", metavar="RECIPE", help="whose corpus, window and word pairs to measure it on")
+    of_published.add_argument("--output", type=Path, metavar="FOLDER", help="where evaluation.json is to be")
+    of_published.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.sequence_length=1024")
 
     added = verb("generate", "pretrain.commands:generate", "Continue a prompt.")
     added.add_argument("folder", metavar="RUN", type=Path)

@@ -121,8 +121,16 @@ def reshard(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
+    if not folder.recipe_file.exists() and (options.folder / "config.json").exists():
+        return _evaluate_huggingface(options)
+    if options.data or options.output or options.overrides:
+        raise UserError(
+            "--data, --output and key=value are for a Hugging Face folder, with its config.json; "
+            f"{options.folder} is none: what a run is measured on is in its recipe"
+        )
+    saved = folder.saved_recipe()
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
-    recipe = _on_layout_of(checkpoint, folder.saved_recipe())
+    recipe = _on_layout_of(checkpoint, saved)
     if folder.is_evaluated(checkpoint, recipe):
         say(f"{recipe.name}: {checkpoint.name} is evaluated already")
         return 0
@@ -136,6 +144,29 @@ def evaluate(options: argparse.Namespace) -> int:
 
     with _connected(recipe) as topology:
         evaluate_run(folder, recipe, topology, checkpoint)
+    return 0
+
+
+def _evaluate_huggingface(options: argparse.Namespace) -> int:
+    folder = options.folder
+    if options.data is None or options.output is None:
+        raise UserError(
+            f"{folder} is a Hugging Face folder: say on the corpus of which recipe to measure it, with --data RECIPE "
+            "[key=value ...], and where to write evaluation.json, with --output FOLDER"
+        )
+    if options.checkpoint is not None:
+        raise UserError(f"{folder} is a Hugging Face folder and has no steps: leave --checkpoint out")
+    if RunFolder(options.output).recipe_file.exists():
+        raise UserError(
+            f"--output {options.output} is a run, which has an evaluation of its own: choose another folder"
+        )
+    recipe = load_recipe(options.data, options.overrides)
+    choose_device(recipe)
+    quiet_third_party()
+    check_devices(recipe, 1)
+    from pretrain.evaluation.huggingface import evaluate_huggingface
+
+    evaluate_huggingface(folder, recipe, make_folder(options.output))
     return 0
 
 
@@ -195,11 +226,16 @@ def check_run(recipe: Recipe, world_size: int) -> PreparedData:
 
 
 def _check_evaluation(recipe: Recipe) -> None:
-    from pretrain.evaluation.word_similarity import read_word_pairs
-
     check_devices(recipe, recipe.local_world_size)
+    if not recipe.reporting.word_similarity:
+        return
+    from pretrain.data.prepare import TOKENIZER_NAME
+    from pretrain.data.tokenizer import Tokenizer
+    from pretrain.evaluation.word_similarity import read_encoded
+
+    tokenizer = Tokenizer.load(Path(recipe.data.folder) / TOKENIZER_NAME)
     for name in recipe.reporting.word_similarity:
-        read_word_pairs(Path(name))
+        read_encoded(Path(name), tokenizer.encode)
 
 
 def _set_aside(options: argparse.Namespace, folder: RunFolder) -> None:

@@ -24,7 +24,7 @@ LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a 
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
 NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "aside", "resharding")
 
-EVALUATION_FORMAT = 1
+EVALUATION_FORMAT = 2
 
 
 class RunFolder:
@@ -150,14 +150,22 @@ class RunFolder:
         return aside
 
     def is_evaluated(self, checkpoint: Path, recipe: Recipe) -> bool:
-        """Whether ``evaluation.json`` is of that checkpoint and this version, with all word similarity sets."""
+        """Whether its evaluation is there, of this version and with all word similarity sets."""
+        file, arrays = self.evaluation_files(checkpoint)
         try:
-            evaluation = json.loads(self.evaluation_file.read_text(encoding="utf-8"))
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
             same = checkpoint_name(evaluation["checkpoint_step"]) == checkpoint.name
             same &= set(evaluation["word_similarity"]) == {Path(name).stem for name in recipe.reporting.word_similarity}
-            return bool(same and evaluation["format"] == EVALUATION_FORMAT and self.evaluation_arrays.exists())
+            return bool(same and evaluation["format"] == EVALUATION_FORMAT and arrays.exists())
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def evaluation_files(self, checkpoint: Path) -> tuple[Path, Path]:
+        """Numbers and arrays: ``evaluation.*`` of the newest checkpoint, ``evaluations/step_*`` of an older one."""
+        if checkpoint.name == checkpoints_in(self.checkpoints)[0].name:
+            return self.evaluation_file, self.evaluation_arrays
+        stem = self.path / "evaluations" / checkpoint.name
+        return stem.with_suffix(".json"), stem.with_suffix(".npz")
 
     def _record(self, changes: list[str]) -> None:
         if changes:

@@ -1,4 +1,4 @@
-"""From shards to batches: megatron-core's shuffled samples for training, plain windows for evaluation.
+"""From shards to batches for training: megatron-core's shuffled samples.
 
 Letters: L sequence length, B micro-batch size (sequences), G global batch size (sequences).
 """
@@ -29,10 +29,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
 
-IGNORED_TARGET = -100
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -124,53 +123,6 @@ class TrainingBatches:
     def _micro_batch(self, first: int) -> MicroBatch:
         samples = [self._dataset[index] for index in range(first, first + self._micro_batch_size)]
         return torch.stack([entry["tokens"] for entry in samples]), torch.stack([entry["labels"] for entry in samples])
-
-
-def evaluation_windows(
-    prepared: PreparedData,
-    split: str,
-    sequence_length: int,
-    micro_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    limit_sequences: int = 0,
-) -> Iterator[MicroBatch]:
-    """This rank's ``(tokens, targets)``, each int64 [B, L]: windows of a split that do not overlap.
-
-    Every token of the split but the first is a target once. Places without a target hold -100 there and the padding
-    id among the tokens. All ranks yield equally many micro-batches, the last ones all padding where need be.
-
-    Args:
-        limit_sequences: only the first so many windows; 0: all.
-
-    Raises:
-        UserError: the split has fewer than 2 tokens.
-    """
-    dataset = IndexedDataset(prepared.prefix(split))
-    total = int(dataset.sequence_lengths.sum(dtype=np.int64))
-    if total < 2:
-        raise UserError(f"the {split} split of {prepared.folder} has {total} tokens, 2 are needed; give more text")
-    windows = -(-(total - 1) // sequence_length)
-    if limit_sequences:
-        windows = min(windows, limit_sequences)
-    per_round = micro_batch_size * data_parallel_size
-    padding = max(prepared.tokenizer.pad_id, 0)
-    for round_start in range(0, windows, per_round):
-        tokens = torch.full((micro_batch_size, sequence_length), padding, dtype=torch.int64)
-        targets = torch.full((micro_batch_size, sequence_length), IGNORED_TARGET, dtype=torch.int64)
-        first = round_start + data_parallel_rank * micro_batch_size
-        for row, window in enumerate(range(first, min(first + micro_batch_size, windows))):
-            stream = _stream(dataset, window * sequence_length, sequence_length + 1, total)
-            tokens[row, : len(stream) - 1] = stream[:-1]
-            targets[row, : len(stream) - 1] = stream[1:]
-        yield tokens, targets
-
-
-def _stream(dataset: Any, start: int, count: int, total: int) -> torch.Tensor:
-    """int64: up to ``count`` tokens of the concatenated documents from ``start``."""
-    dtype = dataset.index.dtype
-    ids = dataset.bin_reader.read(dtype=dtype, count=min(count, total - start), offset=start * DType.size(dtype))
-    return torch.from_numpy(ids.astype(np.int64))
 
 
 @dataclass(frozen=True)

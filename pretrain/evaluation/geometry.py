@@ -114,6 +114,23 @@ def lookup_rows(weight: torch.Tensor, shard: VocabShard, ids: torch.Tensor) -> t
 
 
 @torch.no_grad()
+def cosines_to_mean(weight: torch.Tensor, shard: VocabShard, rows: torch.Tensor) -> torch.Tensor:
+    """fp64 [V_local]: cosine of every real row with the mean of some; of rows that only pad, and of zeros, 0.
+
+    Args:
+        rows: bool [V_local], those of which the mean is taken.
+    """
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for _, chunk in _row_chunks(weight, shard, rows):
+        total += chunk.sum(0)
+    direction = _unit(shard.all_reduce(total)[None])[0]
+    cosines = torch.zeros(len(shard), dtype=torch.float64, device=weight.device)
+    for ids, chunk in _row_chunks(weight, shard, None):
+        cosines[ids - shard.start] = _unit(chunk) @ direction
+    return cosines
+
+
+@torch.no_grad()
 def cosine_histogram(
     weight: torch.Tensor,
     shard: VocabShard,

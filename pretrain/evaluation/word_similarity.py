@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from agg import VocabShard
 from pretrain.errors import UserError
 from pretrain.evaluation.geometry import lookup_rows
 
 Encode = Callable[[str], list[int]]
+DRAWS, SEED = 1_000, 0  # of the bootstrap
+CONFIDENCE = (2.5, 97.5)  # percentiles
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,13 @@ class Similarity(TypedDict):
     """What one file gives.
 
     spearman: in [-1, 1], None where it is undefined because all cosines or all scores are equal.
+    interval: 95 % of what other pairs of the same kind would give, see :func:`bootstrap_interval`; None without
+        spearman.
     coverage: share of the pairs of which every sub-token occurs in the training data, None without counts.
     """
 
     spearman: float | None
+    interval: list[float] | None
     pairs: int
     coverage: float | None
 
@@ -56,6 +62,39 @@ def read_word_pairs(path: Path) -> list[WordPair]:
     if len(pairs) < 2:
         raise UserError(f"{path} holds {len(pairs)} word pairs, a correlation needs two")
     return pairs
+
+
+def read_encoded(path: Path, encode: Encode) -> tuple[list[WordPair], dict[str, list[int]]]:
+    """The pairs of a file, and the ids of each word.
+
+    Raises:
+        UserError: as :func:`read_word_pairs`, or a word without any token.
+    """
+    pairs = read_word_pairs(path)
+    tokens = {word: encode(word) for pair in pairs for word in (pair.first, pair.second)}
+    without = [word for word, ids in tokens.items() if not ids]
+    if without:
+        raise UserError(
+            f"{path}: the tokenizer gives no token for {', '.join(map(repr, without[:5]))}"
+            f"{' ...' if len(without) > 5 else ''}: take the pairs with such words out"
+        )
+    return pairs, tokens
+
+
+def bootstrap_interval(first: Sequence[float], second: Sequence[float]) -> list[float] | None:
+    """Percentile interval of Spearman's correlation of two columns: rows are drawn with replacement, as many as there
+    are, 1,000 times, always the same ones (Efron 1979). Draws in which one column is constant have none, and do not
+    count; None if no draw has.
+    """
+    columns = np.array([first, second])
+    places = np.random.default_rng(SEED).integers(len(first), size=(DRAWS, len(first)))
+    with np.errstate(invalid="ignore"):
+        ranks = rankdata(columns[:, places], axis=-1)  # [2, DRAWS, n]
+        ranks -= ranks.mean(-1, keepdims=True)
+        ranks /= np.linalg.norm(ranks, axis=-1, keepdims=True)
+    found = (ranks[0] * ranks[1]).sum(-1).clip(-1, 1)
+    found = found[np.isfinite(found)]
+    return np.percentile(found, CONFIDENCE).tolist() if len(found) else None
 
 
 def word_similarity(
@@ -100,11 +139,7 @@ def _read_pair(line: str, where: str) -> WordPair:
 def _one_file(
     path: Path, encode: Encode, weight: torch.Tensor, shard: VocabShard, token_counts: torch.Tensor | None
 ) -> Similarity:
-    pairs = read_word_pairs(path)
-    tokens = {word: encode(word) for pair in pairs for word in (pair.first, pair.second)}
-    without = [word for word, ids in tokens.items() if not ids]
-    if without:
-        raise UserError(f"{path}: the tokenizer gives no token for {without[0]!r}")
+    pairs, tokens = read_encoded(path, encode)
     vectors = _word_vectors(tokens, weight, shard)
     first = torch.stack([vectors[pair.first] for pair in pairs])
     second = torch.stack([vectors[pair.second] for pair in pairs])
@@ -116,7 +151,10 @@ def _one_file(
         seen = {word: bool((token_counts[torch.tensor(ids)] > 0).all()) for word, ids in tokens.items()}
         coverage = sum(seen[pair.first] and seen[pair.second] for pair in pairs) / len(pairs)
     return Similarity(
-        spearman=float(spearmanr(cosines, scores).statistic) if defined else None, pairs=len(pairs), coverage=coverage
+        spearman=float(spearmanr(cosines, scores).statistic) if defined else None,
+        interval=bootstrap_interval(cosines, scores) if defined else None,
+        pairs=len(pairs),
+        coverage=coverage,
     )
 
 

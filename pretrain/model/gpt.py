@@ -46,6 +46,13 @@ class CausalLanguageModel(GPTModel):  # type: ignore[misc]
         assert isinstance(weight, torch.nn.Parameter)
         return weight
 
+    @property
+    def input_embedding(self) -> torch.nn.Parameter:
+        """[V_local, D]: the rows that tokens become."""
+        weight = self.embedding.word_embeddings.weight
+        assert isinstance(weight, torch.nn.Parameter)
+        return weight
+
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, per_token: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -35,14 +35,26 @@ class OutputHead(torch.nn.Module):
             hidden: [T, D]. weight: [V_local, D]. target: [T] global ids or -100; None: logits are wanted.
 
         Returns:
-            The summed loss []; with ``per_token`` the plain cross-entropy [T] and the most likely id [T];
-            without ``target`` the logits [T, V] of the unpadded vocabulary.
+            The summed loss []; with ``per_token`` the plain cross-entropy [T] and the most likely id [T], both 0 where
+            the target is -100; without ``target`` the logits [T, V] of the unpadded vocabulary.
         """
         if target is None:
             return self._all_logits(hidden, weight)
         if per_token:
-            return self._plain_loss(hidden, weight, target, "none"), self._predictions(hidden, weight)
+            return self._of_targets(hidden, weight, target)
         return self.loss(hidden, weight, target)
+
+    def _of_targets(
+        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions without a target cost nothing: of a sliding window's tokens they are most."""
+        places = (target != -100).nonzero().squeeze(1)
+        hidden, wanted = hidden[places], target[places]
+        losses, predictions = torch.zeros(target.shape, device=target.device), torch.zeros_like(target)
+        if len(places):
+            losses[places] = self._plain_loss(hidden, weight, wanted, "none").float()
+            predictions[places] = self._predictions(hidden, weight)
+        return losses, predictions
 
     def _plain_loss(
         self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, reduction: str = "sum"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -173,9 +174,17 @@ def _gradient_norm(model: torch.nn.Module) -> torch.Tensor:
     return squares.sqrt()
 
 
-@contextlib.contextmanager
-def whole_output_embedding(engine: deepspeed.DeepSpeedEngine) -> Iterator[torch.Tensor]:
+def whole_output_embedding(engine: deepspeed.DeepSpeedEngine) -> AbstractContextManager[torch.Tensor]:
     """This rank's vocabulary rows [V_local, D] of the output embedding; gathers them under ZeRO 3."""
-    weight = engine.module.output_embedding
+    return _whole(engine, engine.module.output_embedding)
+
+
+def whole_input_embedding(engine: deepspeed.DeepSpeedEngine) -> AbstractContextManager[torch.Tensor]:
+    """The same of the input embedding."""
+    return _whole(engine, engine.module.input_embedding)
+
+
+@contextlib.contextmanager
+def _whole(engine: deepspeed.DeepSpeedEngine, weight: torch.nn.Parameter) -> Iterator[torch.Tensor]:
     with deepspeed.zero.GatheredParameters([weight], enabled=engine.zero_optimization_partition_weights()):
         yield weight.detach()

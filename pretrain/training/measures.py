@@ -15,9 +15,9 @@ import torch
 from agg import LossProbe
 from pretrain.evaluation.frequency_groups import DECILES, GroupedPerplexity, frequency_deciles, frequency_groups
 from pretrain.evaluation.geometry import measure_geometry, row_norms
+from pretrain.evaluation.run_model import subject_of_run
 from pretrain.training.engine import whole_output_embedding
 from pretrain.training.setup import Run
-from pretrain.training.validation import measure_perplexity
 
 
 class Measures:
@@ -93,10 +93,11 @@ class Measures:
         return {name: None if math.isnan(mean) else mean for name, mean in zip(DECILES, means, strict=True)}
 
     def _validation(self) -> dict[str, Any]:
-        run = self._run
-        grouped = measure_perplexity(
-            run.engine, run.prepared, run.recipe, run.topology, "valid", self._reporting.validation_sequences
-        )
+        engine, limit = self._run.engine, self._reporting.validation_sequences
+        was_training = engine.module.training
+        engine.eval()
+        grouped = subject_of_run(self._run, "valid").perplexity(limit=limit)
+        engine.train(was_training)
         perplexity = grouped.perplexity()
         loss = math.log(perplexity["total"]) if perplexity["total"] else None
         return {"validation_perplexity": perplexity, "validation_loss": loss}

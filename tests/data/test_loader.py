@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,13 +6,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from pretrain.data.loader import (
-    IGNORED_TARGET,
-    TrainingBatches,
-    evaluation_windows,
-    steps_per_epoch,
-    training_dataset,
-)
+from pretrain.data.loader import TrainingBatches, steps_per_epoch, training_dataset
 from pretrain.data.prepare import PreparedData, prepare
 from pretrain.errors import UserError
 from pretrain.recipe import ModelRecipe, Recipe
@@ -161,41 +154,3 @@ def test_steps_per_epoch(recipe: Recipe, prepared: PreparedData) -> None:
     assert steps_per_epoch(prepared, recipe) == int(np.ceil(prepared.train_tokens / (8 * 16)))
     huge = dataclasses.replace(recipe, model=ModelRecipe(sequence_length=10**9))
     assert steps_per_epoch(prepared, huge) == 1
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("length", [7, 16, 100_000])
-def test_windows_cover_every_token_once(prepared: PreparedData, ranks: int, length: int) -> None:
-    stream = stream_of(prepared, "valid")
-    shared = [list(evaluation_windows(prepared, "valid", length, 3, rank, ranks)) for rank in range(ranks)]
-    assert len({len(batches) for batches in shared}) == 1
-    inputs, targets = [], []
-    for number in range(len(shared[0])):
-        for rank in range(ranks):
-            batch_tokens, batch_targets = shared[rank][number]
-            assert batch_tokens.shape == batch_targets.shape == (3, length)
-            assert batch_tokens.dtype == batch_targets.dtype == torch.int64
-            kept = batch_targets != IGNORED_TARGET
-            inputs.append(batch_tokens[kept])
-            targets.append(batch_targets[kept])
-            assert (batch_tokens[~kept] == prepared.tokenizer.pad_id).all()
-    np.testing.assert_array_equal(torch.cat(targets).numpy(), stream[1:])
-    np.testing.assert_array_equal(torch.cat(inputs).numpy(), stream[:-1])
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_limited_windows_are_the_first(prepared: PreparedData, ranks: int) -> None:
-    shared = [list(evaluation_windows(prepared, "test", 16, 2, rank, ranks, 5)) for rank in range(ranks)]
-    assert len({len(batches) for batches in shared}) == 1
-    kept = sum(int((targets != IGNORED_TARGET).sum()) for batches in shared for _, targets in batches)
-    assert kept == 5 * 16
-
-
-def test_split_of_one_token_is_refused(prepared: PreparedData, tmp_path: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(tmp_path / "valid.bin"), dtype=np.uint16)
-    builder.add_document([2], [1])
-    builder.finalize(str(tmp_path / "valid.idx"))
-    with pytest.raises(UserError, match="valid split .* has 1 tokens"):
-        next(evaluation_windows(dataclasses.replace(prepared, folder=tmp_path), "valid", 8, 1, 0, 1))

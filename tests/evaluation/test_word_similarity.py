@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +12,15 @@ from scipy.stats import spearmanr
 
 from agg import VocabShard
 from pretrain.errors import UserError
-from pretrain.evaluation.word_similarity import Similarity, WordPair, read_word_pairs, word_similarity
+from pretrain.evaluation.word_similarity import (
+    DRAWS,
+    SEED,
+    Similarity,
+    WordPair,
+    bootstrap_interval,
+    read_word_pairs,
+    word_similarity,
+)
 from tests.distributed import run_ranks
 
 VOCAB, WIDTH = 507, 16
@@ -52,7 +61,12 @@ def test_equals_the_definition_on_every_layout(world_size: int, tmp_path: Path) 
         a, b = vectors[pair.first], vectors[pair.second]
         cosines.append(float(a @ b / (a.norm() * b.norm())))
         scores.append(pair.score)
-    expected = {"spearman": pytest.approx(spearmanr(cosines, scores).statistic), "pairs": 15, "coverage": 10 / 15}
+    expected = {
+        "spearman": pytest.approx(spearmanr(cosines, scores).statistic),
+        "interval": pytest.approx(bootstrap_interval(cosines, scores)),
+        "pairs": 15,
+        "coverage": 10 / 15,
+    }
     assert abs(spearmanr(cosines, scores).statistic) > 0.02
     assert run_ranks(measure, world_size, path) == [{"MEN": expected}] * world_size
 
@@ -62,13 +76,34 @@ def test_words_that_people_find_alike_and_vectors_that_are(tmp_path: Path) -> No
     path.write_text("a\tb\t9\na\tc\t5\na\td\t1\n", encoding="utf-8")
     weight = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0], [-1.0, 0.3]])
     found = word_similarity([path], lambda word: ["abcd".index(word)], weight, VocabShard(0, 4, 4))
-    assert found == {"three": {"spearman": pytest.approx(1.0), "pairs": 3, "coverage": None}}
+    assert found == {
+        "three": {"spearman": pytest.approx(1.0), "interval": pytest.approx([1.0, 1.0]), "pairs": 3, "coverage": None}
+    }
 
 
 def test_without_differences_there_is_no_correlation(tmp_path: Path) -> None:
     path = write_pairs(tmp_path)
     found = word_similarity([path], encode, torch.ones(VOCAB, 4), VocabShard(0, VOCAB, VOCAB))
-    assert found["MEN"]["spearman"] is None
+    assert found["MEN"]["spearman"] is None and found["MEN"]["interval"] is None
+
+
+def test_the_interval_is_of_resampled_pairs() -> None:
+    """One draw after the other, with ties from repeated pairs, and the correlation as SciPy has it."""
+    generator = np.random.default_rng(5)
+    first = generator.normal(size=40)
+    second = np.round(first + generator.normal(size=40), 1)
+    draws = np.random.default_rng(SEED).integers(40, size=(DRAWS, 40))
+    found = [spearmanr(first[draw], second[draw]).statistic for draw in draws]
+    low, high = bootstrap_interval(first.tolist(), second.tolist())
+    assert [low, high] == pytest.approx(np.percentile(found, [2.5, 97.5]).tolist(), rel=1e-9)
+    assert low < spearmanr(first, second).statistic < high and high - low > 0.1
+    assert bootstrap_interval(first.tolist(), second.tolist()) == [low, high]
+
+
+def test_an_interval_of_few_pairs() -> None:
+    """Most draws of two pairs are one pair twice, which has no correlation."""
+    assert bootstrap_interval([0.1, 0.2], [1.0, 2.0]) == pytest.approx([1.0, 1.0])
+    assert bootstrap_interval([0.1, 0.1], [1.0, 2.0]) is None
 
 
 def test_reading(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def interrupted(rank, world_size, recipe, what):
         return loop.train(recipe, connect(recipe), None, signals).step
 
 
-@pytest.mark.parametrize("what", ["save", "measure_perplexity", "file"])
+@pytest.mark.parametrize("what", ["save", "subject_of_run", "file"])
 def test_stopped_while_it_saves_or_evaluates_or_by_a_file(prepared_recipe, tmp_path, what, capsys):
     recipe = change(
         prepared_recipe,

@@ -1,0 +1,88 @@
+"""``evaluate RUN``: which checkpoint goes to which file, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pretrain.__main__ import main
+from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
+from tests.small_runs import change, train_on_ranks
+
+
+@pytest.fixture(scope="module")
+def run(prepared_recipe, tmp_path_factory):
+    recipe = change(prepared_recipe, output_root=str(tmp_path_factory.mktemp("runs")), checkpoint={"every_steps": 3})
+    train_on_ranks(recipe, 1)
+    return RunFolder(recipe.run_folder)
+
+
+def refused(capfd, *arguments) -> str:
+    capfd.readouterr()
+    assert main(["evaluate", *map(str, arguments)]) == 2
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err and err.count("error: ") == 1
+    return err
+
+
+def test_the_newest_checkpoint_and_older_ones(run, capfd):
+    assert main(["evaluate", str(run.path), "--checkpoint", "3"]) == 0
+    assert not run.evaluation_file.exists()
+    assert main(["evaluate", str(run.path)]) == 0
+    older = json.loads((run.path / "evaluations" / "step_00000003.json").read_text())
+    newest = json.loads(run.evaluation_file.read_text())
+    assert (older["checkpoint_step"], newest["checkpoint_step"]) == (3, 6)
+    assert older["format"] == newest["format"] == EVALUATION_FORMAT == 2
+    assert older["seed"] == 1234 and older["isotropy"] != newest["isotropy"]
+    assert 0 < older["training"]["seconds"] < newest["training"]["seconds"]
+    assert (run.path / "evaluations" / "step_00000003.npz").exists() and run.evaluation_arrays.exists()
+    capfd.readouterr()
+    for options in ([], ["--checkpoint", "3"], ["--checkpoint", "6"]):
+        assert main(["evaluate", str(run.path), *options]) == 0
+        assert "is evaluated already" in capfd.readouterr().out
+
+
+def test_an_evaluation_of_an_older_version_is_made_again(run, capfd):
+    assert main(["evaluate", str(run.path)]) == 0
+    tree = json.loads(run.evaluation_file.read_text())
+    run.evaluation_file.write_text(json.dumps(tree | {"format": 1}))
+    assert main(["evaluate", str(run.path)]) == 0
+    assert "evaluated already" not in capfd.readouterr().out.splitlines()[-1]
+    assert json.loads(run.evaluation_file.read_text())["perplexity"] == tree["perplexity"]
+
+
+def test_what_cannot_be_evaluated(run, tmp_path, capfd):
+    assert "has no checkpoint of step 5; there are: 3, 6" in refused(capfd, run.path, "--checkpoint", 5)
+    empty = RunFolder(tmp_path)
+    empty.recipe_file.write_text(run.recipe_file.read_text())
+    assert "has no checkpoint yet" in refused(capfd, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("sun moon 3\n", "pairs.tsv:1: 'sun moon 3' is not word TAB word TAB score"),
+        ("sun\tmoon\t3\nsun\tstar\tfar\n", "pairs.tsv:2: the score 'far' is not a number"),
+        ("sun\tmoon\t3\n", "holds 1 word pairs"),
+        (None, "cannot read the word pairs"),
+        ("sun\tmoon\t3\nsun\tQQQ\t1\nQQ\tmoon\t2\n", "gives no token for 'QQQ', 'QQ': take the pairs"),
+    ],
+)
+def test_bad_word_pairs_are_refused_before_anything_is_computed(run, tmp_path, capfd, monkeypatch, content, part):
+    from pretrain.data.tokenizer import Tokenizer
+
+    real = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [] if text.startswith("QQ") else real(self, text))
+    pairs = tmp_path / "pairs.tsv"
+    if content is not None:
+        pairs.write_text(content)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.recipe_file.write_text(
+        run.recipe_file.read_text().replace("word_similarity: []", f"word_similarity: [{pairs}]")
+    )
+    folder.checkpoints.symlink_to(run.checkpoints)
+    monkeypatch.setattr("pretrain.commands.connect", None)
+    assert part in refused(capfd, folder.path)
+    assert not folder.evaluation_file.exists()
