@@ -24,7 +24,7 @@ LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a 
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
 NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "aside", "resharding")
 
-EVALUATION_FORMAT = 1
+EVALUATION_FORMAT = 2
 
 
 class RunFolder:
