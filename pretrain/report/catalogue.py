@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.report.formatting import compact, count, fixed, grouped
+from pretrain.report.formatting import as_percent, compact, count, fixed, grouped
 from pretrain.report.measures import Measure, by_stem
 from pretrain.report.methods import Method
 
@@ -96,13 +96,13 @@ def _words(methods: Sequence[Method], section: str, at: tuple[str, ...]) -> list
 
 def _generation() -> list[Measure]:
     parts = (
-        ("repetition_4", "repeated 4-grams"), ("distinct_1", "distinct tokens, share"),
-        ("distinct_2", "distinct 2-grams, share"), ("distinct_3", "distinct 3-grams, share"),
-        ("rare_share", "rare tokens, share"),
+        ("repetition_4", "repeated 4-grams", fixed), ("distinct_1", "distinct tokens, share", fixed),
+        ("distinct_2", "distinct 2-grams, share", fixed), ("distinct_3", "distinct 3-grams, share", fixed),
+        ("rare_share", "rare tokens, %", as_percent),
     )  # fmt: skip
     return [
-        Measure(section, label, ("generation", mode, key), "near human", fixed, human=("generation", "human", key),
+        Measure(section, label, ("generation", mode, key), "near human", show, human=("generation", "human", key),
                 by_ratio=False)
         for mode, section in (("greedy", "Generated text, most likely token"), ("sampled", "Generated text, sampled"))
-        for key, label in parts
+        for key, label, show in parts
     ]  # fmt: skip

@@ -152,7 +152,7 @@ def projection_figure(methods: Sequence[Method]) -> Figure:
     figure = Figure(figsize=(9.6, 0.5 + lines * (0.5 + min(shape, 1.5) * 7.8 / columns)))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
     norm = LogNorm(1, max(2.0, *(float(entry["token_counts"].max()) for entry in arrays)))
-    for place, (axes, (i, method, record), cloud) in enumerate(zip(panels, shown, clouds, strict=False)):
+    for place, ((i, method, record), cloud, axes) in enumerate(zip(shown, clouds, panels, strict=False)):
         _draw_cloud(axes, cloud, record.arrays["token_counts"], norm)
         axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
         seed = f", seed {record.seed}" if len(method.records) > 1 else ""
@@ -172,8 +172,10 @@ def projection_figure(methods: Sequence[Method]) -> Figure:
 def _draw_cloud(axes: Axes, cloud: Floats, counts: npt.NDArray[np.int64], norm: LogNorm) -> None:
     order = np.random.default_rng(0).permutation(len(counts))[:MOST_POINTS]  # no group is drawn over another
     seen, never = order[counts[order] > 0], order[counts[order] == 0]
-    axes.scatter(*cloud[never].T, s=4, color="#c4c4c4", linewidths=0, rasterized=True)
-    axes.scatter(*cloud[seen].T, s=5, c=counts[seen], cmap="plasma", norm=norm, linewidths=0, alpha=0.75)
+    axes.scatter(cloud[never, 0], cloud[never, 1], s=4, color="#c4c4c4", linewidths=0, rasterized=True)
+    axes.scatter(
+        cloud[seen, 0], cloud[seen, 1], s=5, c=counts[seen], cmap="plasma", norm=norm, linewidths=0, alpha=0.75
+    )
     axes.axhline(0, color=FAINT, linewidth=0.7, zorder=1)
     axes.axvline(0, color=FAINT, linewidth=0.7, zorder=1)
     axes.plot(0, 0, marker="+", color="black", markersize=13, markeredgewidth=2.0, zorder=5)

@@ -137,6 +137,11 @@ def compact_ticks(axis: Any) -> None:
         )
 
 
+def is_empty(axes: Axes) -> bool:
+    """Whether no line on it has a point."""
+    return not any(len(line.get_xdata()) for line in axes.lines)
+
+
 def not_measured(axes: Axes, what: str) -> None:
     """An empty panel says why it is empty."""
     axes.text(0.5, 0.5, f"not measured:\n{what}", transform=axes.transAxes, ha="center", va="center", color=FAINT)

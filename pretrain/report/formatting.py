@@ -49,7 +49,12 @@ def count(value: float) -> str:
 
 def signed(value: float, show: Callable[[float], str] = fixed) -> str:
     """A difference with its sign: +0.012."""
-    return f"{MINUS if value < 0 else '+'}{show(abs(value))}"
+    return f"{MINUS if value < 0 else '+' if value else ''}{show(abs(value))}"
+
+
+def as_percent(share: float) -> str:
+    """A share in percent, without the sign: 0.42."""
+    return f"{100 * share:.2f}"
 
 
 def negative(text: str) -> str:

@@ -115,7 +115,9 @@ class Measure:
         """
         if self.of_targets and not same_targets([method, first]):
             return None
-        bases = {record.seed: self.of_run(record) for record in first.records if record.seed is not None}
+        bases: dict[int | None, float | None] = {
+            record.seed: self.of_run(record) for record in first.records if record.seed is not None
+        }
         pairs = [
             (value, base)
             for record in method.records

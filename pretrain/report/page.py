@@ -80,11 +80,19 @@ def _content(methods: Sequence[Method]) -> dict[str, Any]:
         "by_method": len(methods) > MOST_COLUMNS,
         "word_intervals": any(cell.interval for cell in cells) and any(len(method.records) == 1 for method in methods),
         "sections": found,
+        "sliding": _sliding(methods),
         "tokens": under_trained(methods),
         "examples": examples(methods),
         "generated": how_generated(methods),
         "facts": facts(methods),
     }
+
+
+def _sliding(methods: Sequence[Method]) -> str:
+    windows = [method.first.evaluation["sliding_window"] for method in methods]
+    sizes = {(facts.get("window"), facts.get("stride")) for facts in windows if facts}
+    said = " or ".join(f"{window} tokens moved by {stride}" for window, stride in sorted(sizes, key=str))
+    return f"Sliding window: {said}; the others side by side." if said else ""
 
 
 def _method(method: Method, place: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ STYLE = """
   .verdicts.one { grid-template-columns: 1fr; }
   .verdict { break-inside: avoid; }
   .verdict ul { list-style: none; padding: 0; margin: 0; }
-  .verdict li { padding-left: 1.5rem; position: relative; }
+  .verdict li { padding-left: 1.5rem; position: relative; font-size: .93rem; }
   .verdict li::before { position: absolute; left: .15rem; font-weight: 700; }
   .better::before { content: "+"; color: #00734f; }
   .worse::before { content: "\\2212"; color: #b34700; }
@@ -30,7 +30,7 @@ STYLE = """
           border-top: 2px solid var(--ink); border-bottom: 2px solid var(--ink); }
   caption { caption-side: top; text-align: left; font-size: .88rem; line-height: 1.45; color: var(--soft);
             padding: 0 0 .6rem; }
-  caption b, figcaption b { color: var(--ink); }
+  caption strong, figcaption strong { color: var(--ink); }
   th, td { padding: .2rem .55rem; text-align: right; vertical-align: top; font-weight: 400; }
   th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
   thead th { border-bottom: 1px solid var(--ink); overflow-wrap: anywhere; font-weight: 700; vertical-align: bottom; }
@@ -55,6 +55,7 @@ STYLE = """
   table.facts td, table.facts th { text-align: left; overflow-wrap: anywhere; }
   table.facts tbody th { color: var(--soft); width: 11rem; white-space: nowrap; }
   table.facts td > div { padding-left: 1.2rem; text-indent: -1.2rem; }
+  th.text { text-align: left; }
   td.text { text-align: left; font-family: ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 
   .figures { display: grid; grid-template-columns: 1fr 1fr; gap: 1.6rem 1.2rem; align-items: start; }

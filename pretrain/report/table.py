@@ -77,7 +77,7 @@ def _cell(row: Measure, method: Method, first: Method, *, best: bool) -> Cell:
     if method is not first:
         paired = row.paired(method, first)
         if paired is not None and paired.low is not None:
-            change, shown = row.paired_text(paired), paired.excludes_zero
+            change, shown = row.paired_text(paired), paired.excludes_zero and row.better is not None
         else:
             change = row.change(method, first)
     return Cell(row.text(method), best, interval, change, shown, uneven(method, row))

@@ -43,11 +43,11 @@ is shown, which is not to say that there is none.</p>{% endif %}
 {% if word_intervals %}Brackets of a word similarity of one run: bootstrap over its word pairs.{% endif %}
 Rare tokens are the last 20&nbsp;% of the vocabulary sorted by how often each occurs in the training data,
 frequent ones the first 30&nbsp;%. Tokens are predicted with the text before them given; “human text” is
-what that text holds.
+what that text holds. {{ sliding }}
 {%- endmacro %}
 {% if not by_method %}<div class="scroll">
 <table class="numbers{% if several %} stacked{% endif %}">
-<caption><b>Table 1.</b> {{ legend() }}</caption>
+<caption><strong>Table 1.</strong> {{ legend() }}</caption>
 <thead><tr><th></th>{% for method in methods %}<th{% if not loop.first %} class="changing"{% endif %}>
 {{ swatch(method) }}{{ method.name }}{% if several %}<span class="seeds">{{ method.seeds }}</span>{% endif %}</th>
 {%- endfor %}<th>human text</th></tr></thead>
@@ -62,7 +62,7 @@ what that text holds.
 {% else %}<p class="soft">{{ legend() }}</p>
 {% for section in sections %}{% set human = section.rows|selectattr("human")|list %}<div class="scroll">
 <table class="numbers by-method stacked">
-<caption><b>Table 1.{{ loop.index }}.</b> {{ section.name }}.</caption>
+<caption><strong>Table 1.{{ loop.index }}.</strong> {{ section.name }}.</caption>
 <thead><tr><th></th>{% for row in section.rows %}<th>{{ row.label }}<span class="arrow">{{ row.arrow }}</span></th>
 {%- endfor %}</tr></thead>
 <tbody>
@@ -80,7 +80,7 @@ what that text holds.
 <div class="figures">
 {% for figure in figures %}<figure{% if figure.wide %} class="wide"{% endif %}>
 <img src="data:image/png;base64,{{ figure.data }}" alt="{{ figure.caption }}">
-<figcaption><b>Figure {{ loop.index }}.</b> {{ figure.caption }}</figcaption>
+<figcaption><strong>Figure {{ loop.index }}.</strong> {{ figure.caption }}</figcaption>
 </figure>
 {% endfor %}
 </div>
@@ -90,7 +90,8 @@ what that text holds.
 how often each occurs in training. At most {{ tokens[0].rows|length }} each; <code>evaluation.json</code> has more.</p>
 <div class="small-tables">
 {% for table in tokens %}<div><h3>{{ swatch(methods[table.place]) }}{{ table.title }}</h3>
-<table><thead><tr><th>id</th><th style="text-align:left">text</th><th>count</th><th>cosine</th></tr></thead><tbody>
+{% if table.reference != tokens[0].reference %}<p class="soft">nearest to {{ table.reference }}</p>
+{% endif %}<table><thead><tr><th>id</th><th class="text">text</th><th>count</th><th>cosine</th></tr></thead><tbody>
 {% for row in table.rows %}<tr><td>{{ row.id }}</td><td class="text">{{ row.text }}</td><td>{{ row.count }}</td>
 <td>{{ row.cosine }}</td></tr>
 {% endfor %}</tbody></table></div>

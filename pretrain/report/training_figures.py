@@ -17,6 +17,7 @@ from pretrain.report.figure_style import (
     colour,
     compact_ticks,
     draw_curve,
+    is_empty,
     marker,
     method_legend,
     not_measured,
@@ -65,11 +66,11 @@ def training_figure(methods: Sequence[Method]) -> Figure:
         not_measured(losses, "loss while training")
     perplexities.set_title("Validation perplexity: solid rare, dashed frequent")
     perplexities.set_ylabel("perplexity (log scale)")
-    if perplexities.dataLim.width or perplexities.dataLim.height:
+    if is_empty(perplexities):
+        not_measured(perplexities, "validation perplexity")
+    else:
         perplexities.set_yscale("log")
         compact_ticks(perplexities.yaxis)
-    else:
-        not_measured(perplexities, "validation perplexity")
     for axes in (losses, perplexities):
         token_axis(axes)
     method_legend(figure, methods)
@@ -84,8 +85,8 @@ def geometry_figure(methods: Sequence[Method]) -> Figure:
         _curves(axes, methods, path)
         axes.set_title(title)
         if share:
-            axes.set_ylim(min(0.0, axes.dataLim.ymin if axes.dataLim.width else 0.0) - 0.02, 1.02)
-        elif axes.dataLim.width:
+            axes.set_ylim(min(0.0, 0.0 if is_empty(axes) else axes.dataLim.ymin) - 0.02, 1.02)
+        elif not is_empty(axes):
             axes.set_ylim(bottom=0)
     method_legend(figure, methods)
     return figure
@@ -99,7 +100,7 @@ def gates_figure(methods: Sequence[Method]) -> Figure:
     _by_decile(norms, methods, (("row_norm_by_decile", "-"),))
     norms.set_title("Norm of a row at the end")
     norms.set_ylabel("mean norm")
-    if norms.dataLim.width:
+    if not is_empty(norms):
         norms.set_ylim(bottom=0)
     _by_decile(gates, methods, (("g1_by_decile", "-"), ("g2_by_decile", "--")))
     gates.set_title("Gates at the end: solid g1, dashed g2")
@@ -112,7 +113,7 @@ def gates_figure(methods: Sequence[Method]) -> Figure:
     _curves(fractions, methods, ("rare_fraction",))
     fractions.set_title("Rare ids while training")
     fractions.set_ylabel("share of the vocabulary")
-    if fractions.dataLim.width:
+    if not is_empty(fractions):
         fractions.set_ylim(bottom=0)
     method_legend(figure, methods)
     return figure
@@ -122,7 +123,7 @@ def _curves(axes: Axes, methods: Sequence[Method], *paths: tuple[str, ...]) -> N
     for i, method in enumerate(methods):
         for path, line in zip(paths, ("-", "--"), strict=False):
             draw_curve(axes, method.curve(*path), i, line)
-    if not axes.dataLim.width and not axes.dataLim.height:
+    if is_empty(axes):
         not_measured(axes, paths[0][-1].replace("_", " ") if paths[0][0] != "gated_share" else "gates")
     token_axis(axes)
 
@@ -147,7 +148,7 @@ def _by_decile(axes: Axes, methods: Sequence[Method], keys: Sequence[tuple[str, 
                     axes.fill_between(x, low, high, color=colour(i), alpha=0.18, linewidth=0)
                 else:
                     axes.vlines(x, low, high, color=colour(i), linewidth=1.2)
-    if not axes.dataLim.width:
+    if is_empty(axes):
         not_measured(axes, keys[0][0].replace("_", " ").replace("g1", "gates"))
     axes.set_xlim(0.5, places["never_seen"] + 0.7)
     axes.set_xticks([1, 4, 7, 10, places["never_seen"]], ["1", "4", "7", "10", "never\nseen"])
