@@ -178,7 +178,7 @@ def test_tokens_and_examples(tmp_path: Path) -> None:
     assert "details-content" in html[html.index("@media print") :]
     assert "64 prompts of 50 tokens from the evaluated split, continued by 100 tokens" in page.text
     assert "temperature 1.0, top-p 0.9" in page.text
-    assert page.text.count("in the south of the in the south of the") == 6
+    assert page.text.count("in the south of the in the south of the") == 12
 
 
 def test_a_published_model_beside_a_run(tmp_path: Path) -> None:
