@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_verbs(verbs)
     _add_cluster_verbs(verbs)
 
-    added = verb("report", "pretrain.commands:report", "Figures and one HTML page of runs that were evaluated.")
-    added.add_argument("folders", nargs="+", metavar="RUN", type=Path)
+    added = verb("report", "pretrain.commands:report", "Figures, CSV and one HTML page of runs that were evaluated.")
+    added.add_argument("folders", nargs="+", metavar="RUN", type=Path, help="runs that differ only by seed are one")
     added.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     return parser
 

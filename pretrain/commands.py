@@ -193,13 +193,13 @@ def generate(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> None:
     quiet_third_party()
-    from pretrain.report.page import summary_table, write_report
-    from pretrain.report.run_records import read_runs
+    from pretrain.report.page import write_report
+    from pretrain.report.table import summary_table
 
     output = options.output or options.folders[0] / "report.html"
-    written = write_report(options.folders, output)
-    say(summary_table(read_runs(options.folders)))
-    say(f"report: {written}")
+    methods = write_report(options.folders, output)
+    say(summary_table(methods))
+    say(f"report: {output}")
 
 
 def _check_before_start(recipe: Recipe, world_size: int) -> None:

@@ -1,164 +1,155 @@
-"""Runs side by side: which number is better which way, the table, and what it says in plain words."""
+"""What the numbers say in plain words, and no more than their intervals say."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.report.formatting import TIMES, absent, compact, fixed, grouped, signed
-from pretrain.report.run_records import RunRecord, look_up
+from pretrain.report.catalogue import main_measures
+from pretrain.report.formatting import absent, compact, fixed, percents
+from pretrain.report.intervals import Interval
+from pretrain.report.measures import Measure, same_targets
+from pretrain.report.methods import Method, repeated_seeds
+from pretrain.report.run_records import look_up
 
-GROUPS = ("frequent", "medium", "rare", "total")
-HARDLY = 0.01  # relative change below which a number is said to have hardly changed
+HARDLY = 0.01  # relative change below which a number of single runs is said to have hardly changed
+ONE_SEED = "one seed: no interval, so no claim"
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One row of the table.
+class Claim:
+    """One sentence about one measure; ``kind``: which way, as far as an interval shows it."""
 
-    Attributes:
-        section, label: where and how it is named.
-        path: keys into ``evaluation.json``.
-        better: which way is better; None: neither.
-        show: the number as text.
-        by_ratio: whether a change reads as a ratio (perplexity) or as a difference (a cosine).
-        in_words: the name in a sentence; empty: not one of the numbers that the text is about.
-    """
+    text: str
+    kind: Literal["better", "worse", "changed", "not shown"]
 
-    section: str
-    label: str
-    path: tuple[str, ...]
-    better: Literal["lower", "higher", "near zero"] | None
-    show: Callable[[float], str]
-    by_ratio: bool = True
-    in_words: str = ""
+
+@dataclass(frozen=True)
+class Verdict:
+    """About one method: ``text`` in one paragraph, or claims from paired intervals. ``place``: in the report."""
+
+    place: int
+    heading: str
+    text: str
+    claims: tuple[Claim, ...] = ()
 
     @property
-    def arrow(self) -> str:
-        return {"lower": "↓", "higher": "↑", "near zero": "→ 0", None: ""}[self.better]
-
-    def value(self, record: RunRecord) -> float | None:
-        found = look_up(record.evaluation, self.path)
-        return None if found is None or math.isnan(found) else float(found)
-
-    def text(self, record: RunRecord) -> str:
-        return absent(self.value(record), self.show)
-
-    def cost(self, value: float) -> float:
-        """Lower is better, whatever ``better`` says."""
-        return {"lower": value, "higher": -value, "near zero": abs(value), None: 0.0}[self.better]
-
-    def change(self, record: RunRecord, first: RunRecord) -> str:
-        """Ratio to the first run, or difference from it; empty where there is none."""
-        value, base = self.value(record), self.value(first)
-        if value is None or base is None or not math.isfinite(value) or not math.isfinite(base):
-            return ""
-        if not self.by_ratio:
-            return signed(value - base)
-        return f"{TIMES}{value / base:.2f}" if base > 0 else ""
-
-    def best(self, records: Sequence[RunRecord]) -> set[int]:
-        """The runs with the best number as it is shown; none where all show the same or fewer than two have one."""
-        measured = {i: value for i, record in enumerate(records) if (value := self.value(record)) is not None}
-        texts = {self.show(value) for value in measured.values()}
-        if self.better is None or len(texts) < 2:
-            return set()
-        best = self.show(min(measured.values(), key=self.cost))
-        return {i for i, value in measured.items() if self.show(value) == best}
+    def sentences(self) -> list[str]:
+        return [claim.text for claim in self.claims] or [self.text]
 
 
-def measures(records: Sequence[RunRecord]) -> list[Measure]:
-    """All rows, those of the word similarity sets that any run was measured on included."""
-    perplexity, unique = "Perplexity", "Distinct tokens predicted"
-    shape, other = "Shape of the output embedding", "Word similarity, Spearman"
-    words = {name: f"perplexity of {name} tokens" for name in ("rare", "frequent")} | {"total": "total perplexity"}
-    rows = [
-        Measure(perplexity, f"{name} tokens" if name != "total" else "total", ("perplexity", name), "lower", compact,
-                in_words=words.get(name, ""))
-        for name in GROUPS
-    ]  # fmt: skip
-    rows += [
-        Measure(unique, f"{name} tokens" if name != "total" else "total", ("unique_tokens", name), "higher", grouped,
-                in_words="distinct rare tokens predicted" if name == "rare" else "")
-        for name in GROUPS
-    ]  # fmt: skip
-    rows += [
-        Measure(shape, "isotropy, all rows", ("isotropy",), "higher", fixed, in_words="isotropy"),
-        Measure(shape, "isotropy, rows of ids seen in training", ("seen_rows", "isotropy"), "higher", fixed),
-        Measure(shape, "isotropy at unit mean norm", ("isotropy_unit_norm",), "higher", fixed),
-        Measure(shape, "mean cosine", ("mean_cosine",), "near zero", fixed, by_ratio=False, in_words="mean cosine"),
-        Measure(shape, "mean shift", ("mean_shift",), "lower", fixed, by_ratio=False),
-        Measure(shape, "effective rank", ("effective_rank",), "higher", compact),
-        Measure(shape, "share of the strongest direction", ("top_singular_share",), "lower", fixed, by_ratio=False),
-        Measure(shape, "mean row norm", ("mean_row_norm",), None, fixed),
-    ]
-    names = sorted({name for record in records for name in record.evaluation["word_similarity"] or {}})
-    rows += [
-        Measure(other, name, ("word_similarity", name, "spearman"), "higher", fixed, by_ratio=False) for name in names
-    ]
-    return [*rows, Measure("Speed", "tokens per second", ("training", "tokens_per_second"), None, grouped)]
+def verdicts(methods: Sequence[Method]) -> list[Verdict]:
+    """Each method against the first; of one method alone, what it reaches."""
+    if len(methods) == 1:
+        return [Verdict(0, "", _one_method(methods[0]))]
+    return [_against(i, methods[i], methods[0]) for i in range(1, len(methods))]
 
 
-def findings(records: Sequence[RunRecord]) -> list[str]:
-    """Sentences computed from the numbers, worse ones included."""
-    if len(records) == 1:
-        return [_one_run(records[0])]
-    return [_against(record, records[0]) for record in records[1:]]
-
-
-def caveats(records: Sequence[RunRecord]) -> list[str]:
+def caveats(methods: Sequence[Method]) -> list[str]:
     """Why the numbers of these runs may not be comparable, or not certain."""
-    first = records[0].evaluation
+    records = [record for method in methods for record in method.records]
     found = []
-    if any(record.evaluation["target_tokens"] != first["target_tokens"] for record in records):
+    if not same_targets(methods):
         found.append(
-            "The runs were not evaluated on the same targets (their corpus, tokenizer or split differ): "
-            "their perplexities and distinct tokens cannot be compared."
+            "The runs were not evaluated on the same targets (their corpus, tokenizer or split differ): their "
+            "perplexities and distinct tokens cannot be compared. Bits per byte can, if the text is the same."
         )
-    if any(record.evaluation["tokens"] != first["tokens"] for record in records):
+    if len({record.evaluation["tokens"] for record in records}) > 1:
         found.append("The runs were not trained on the same number of tokens.")
-    if len(records) > 1 and _same_machine(records):
+    found += [
+        f"{first.name} and {again.name} have the same settings and seed: they stand apart, as they say nothing about "
+        "the spread over seeds."
+        for first, again in repeated_seeds(methods)
+    ]
+    if not _same_machine(methods):
+        found.append("Hardware, layout or precision of the runs differ: their tokens per second cannot be compared.")
+    elif len(records) > 1:
         found.append(
             "Tokens per second are the medians of runs made one after another: what else the machine did is in them, "
             "so they do not tell which method is faster."
         )
-    elif not _same_machine(records):
-        found.append("Hardware, layout or precision of the runs differ: their tokens per second cannot be compared.")
-    if len(records) > 1:
+    if len(methods) > 1 and all(len(method.records) == 1 for method in methods):
         found.append("Each column is one run with one seed; a difference of a percent can be chance.")
-    return found
+    return found + _many_comparisons(methods)
 
 
-def _same_machine(records: Sequence[RunRecord]) -> bool:
+def _many_comparisons(methods: Sequence[Method]) -> list[str]:
+    measured = [row.paired(method, methods[0]) for row in main_measures(methods) for method in methods[1:]]
+    intervals = sum(found is not None and found.low is not None for found in measured)
+    if len(methods) < 3 or not intervals:
+        return []
+    return [
+        f"These are {intervals} intervals, each of 95 % on its own and none widened for their number: if no method "
+        "differed from the first at all, about one in twenty would still exclude zero."
+    ]
+
+
+def _same_machine(methods: Sequence[Method]) -> bool:
     keys = ("world_size", "tensor_model_parallel_size", "data_parallel_size", "sharding", "precision", "hardware")
-    return len({tuple(str(record.evaluation["training"].get(key)) for key in keys) for record in records}) == 1
+    trained = [record.evaluation["training"] for method in methods for record in method.records]
+    return len({tuple(str(look_up(facts, (key,))) for key in keys) for facts in trained}) == 1
 
 
-def _against(record: RunRecord, first: RunRecord) -> str:
+def _against(place: int, method: Method, first: Method) -> Verdict:
+    rows = main_measures([first, method])
+    paired = [(row, row.paired(method, first)) for row in rows]
+    most = max((found.count for _, found in paired if found is not None), default=0)
+    if most >= 2:
+        claims = tuple(_claim(row, found, method, first) for row, found in paired)
+        return Verdict(place, f"{method.name} against {first.name}, {most} seeds in common", "", claims)
+    single = min(len(method.records), len(first.records)) == 1
+    why = ONE_SEED if single else "fewer than two seeds in common: no paired interval, so no claim"
+    return Verdict(place, f"{method.name} against {first.name}", _as_measured(method, first, rows, why))
+
+
+def _claim(row: Measure, found: Interval | None, method: Method, first: Method) -> Claim:
+    name = row.in_words[:1].upper() + row.in_words[1:]
+    if found is None or found.low is None or found.high is None:
+        return Claim(f"{name}: not measured at two seeds of both, so no claim.", "not shown")
+    if not found.excludes_zero:
+        return Claim(f"{name}: no difference shown ({row.paired_text(found)}).", "not shown")
+    lower = found.mean < 0
+    ends = (-found.mean, -found.high, -found.low) if lower else (found.mean, found.low, found.high)
+    by, low, high = percents(*ends) if row.by_log else [row.text_of(end) for end in ends]
+    unit = " %" if row.by_log else ""
+    text = f"{method.name} {'lowers' if lower else 'raises'} {row.in_words} by {by}{unit} [{low}, {high}]."
+    return Claim(text, _which_way(row, method, first))
+
+
+def _which_way(row: Measure, method: Method, first: Method) -> Literal["better", "worse", "changed"]:
+    """By the means; through zero, where nearer to it is better, the difference alone does not tell."""
+    value, base = row.value(method), row.value(first)
+    if value is None or base is None or (row.better == "near zero" and value * base < 0):
+        return "changed"
+    return "better" if row.cost(value) < row.cost(base) else "worse"
+
+
+def _as_measured(method: Method, first: Method, rows: Sequence[Measure], why: str) -> str:
+    """Numbers side by side, and that nothing is claimed from them."""
     better: list[str] = []
     worse: list[str] = []
     same: list[str] = []
-    for measure in measures([record, first]):
-        value, base = measure.value(record), measure.value(first)
-        if not measure.in_words or value is None or base is None:
+    for row in rows:
+        value, base = row.value(method), row.value(first)
+        if value is None or base is None or (row.of_targets and not same_targets([method, first])):
             continue
-        text = f"{measure.in_words} ({measure.show(base)} to {measure.show(value)}{_percent(measure, value, base)})"
-        if abs(value - base) < HARDLY * (abs(base) if measure.by_ratio else 1) or value == base:
+        text = f"{row.in_words} ({row.text_of(base)} to {row.text_of(value)}{_percent(row, value, base)})"
+        if abs(value - base) < HARDLY * (abs(base) if row.by_ratio else 1) or value == base:
             same.append(text)
         else:
-            (better if measure.cost(value) < measure.cost(base) else worse).append(text)
-    parts = [f"{record.name} against {first.name}."]
-    parts.append(f"Better: {'; '.join(better)}." if better else "No number is better.")
-    parts.append(f"Worse: {'; '.join(worse)}." if worse else "No number is worse.")
+            (better if row.cost(value) < row.cost(base) else worse).append(text)
+    parts = [f"{method.name} against {first.name} ({why})."]
+    parts.append(f"Better here: {'; '.join(better)}." if better else "No number is better.")
+    parts.append(f"Worse here: {'; '.join(worse)}." if worse else "No number is worse.")
     if same:
         parts.append(f"Hardly changed: {'; '.join(same)}.")
-    return " ".join([*parts, _human_text(record)])
+    return " ".join([*parts, _human_text(method)]).strip()
 
 
-def _percent(measure: Measure, value: float, base: float) -> str:
-    if not measure.by_ratio or base <= 0 or not math.isfinite(value) or not math.isfinite(base):
+def _percent(row: Measure, value: float, base: float) -> str:
+    if not row.by_ratio or base <= 0 or not math.isfinite(value) or not math.isfinite(base):
         return ""
     ratio = value / base
     if ratio >= 2:
@@ -166,26 +157,36 @@ def _percent(measure: Measure, value: float, base: float) -> str:
     return f", {abs(ratio - 1):.1%} {'higher' if ratio > 1 else 'lower'}"
 
 
-def _human_text(record: RunRecord) -> str:
-    unique, human = (look_up(record.evaluation, (key, "rare")) for key in ("unique_tokens", "unique_targets"))
-    if unique is None or human is None:
+def _human_text(method: Method) -> str:
+    (row,) = (row for row in main_measures([method]) if row.path == ("unique_tokens", "rare"))
+    predicted, human = row.value(method), row.human_value([method])
+    if predicted is None or human is None:
         return ""
-    return f"It predicts {grouped(unique)} distinct rare tokens where the text it reads uses {grouped(human)}."
+    return f"It predicts {row.show(predicted)} distinct rare tokens where the text it reads uses {row.show(human)}."
 
 
-def _one_run(record: RunRecord) -> str:
-    evaluation = record.evaluation
-    rare, frequent, total = (look_up(evaluation, ("perplexity", name)) for name in ("rare", "frequent", "total"))
-    reached = absent(total, compact)
-    parts = [f"{record.name} reaches a total perplexity of {reached} on the {evaluation['split']} split."]
-    if rare and frequent and math.isfinite(rare / frequent):
+def _one_method(method: Method) -> str:
+    rows = {row.path: row for row in main_measures([method])}
+    total, rare = rows["perplexity", "total"], rows["perplexity", "rare"]
+    seeds = len(method.records)
+    interval = f" {total.interval_text(total.of(method))}".rstrip()
+    mean = f", mean of {seeds} seeds" if seeds > 1 else ""
+    parts = [
+        f"{method.name} reaches a total perplexity of {total.text(method)}{interval} on the "
+        f"{method.first.evaluation['split']} split{mean}."
+    ]
+    frequent = [record.number("perplexity", "frequent") for record in method.records]
+    common = sum(frequent) / len(frequent) if None not in frequent else None  # type: ignore[arg-type]
+    value = rare.value(method)
+    if value and common and math.isfinite(value / common):
         parts.append(
-            f"On rare tokens it is {compact(rare)}, {compact(rare / frequent)} times that on frequent ones "
-            f"({compact(frequent)})."
+            f"On rare tokens it is {compact(value)}, {compact(value / common)} times that on frequent ones "
+            f"({compact(common)})."
         )
-    parts.append(_human_text(record))
+    parts.append(_human_text(method))
+    isotropy, cosine = (rows[key].value(method) for key in (("isotropy",), ("mean_cosine",)))
     parts.append(
-        f"The isotropy of the output embedding is {fixed(evaluation['isotropy'])} (1: round cloud, 0: narrow cone), "
-        f"and two rows have a mean cosine of {fixed(evaluation['mean_cosine'])} (0 in a round cloud)."
+        f"The isotropy of the output embedding is {absent(isotropy, fixed)} (1: round cloud, 0: narrow cone), "
+        f"and two rows have a mean cosine of {absent(cosine, fixed)} (0 in a round cloud)."
     )
     return " ".join(part for part in parts if part)

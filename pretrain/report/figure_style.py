@@ -16,13 +16,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pretrain.files import replacing
 from pretrain.report.formatting import tick
-from pretrain.report.run_records import RunRecord
+from pretrain.report.methods import Curve, Method
 
 DOTS_PER_INCH = 160
 INK, FAINT, GRID = "#222222", "#8a8a8a", "#e4e4e4"
-# Okabe and Ito's palette: told apart by people with any common colour blindness
-RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-RUN_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito's palette, grey in the place of yellow: told apart by people with any common colour blindness. There is
+# one marker more than there are colours, so that a method beyond them still looks like no other.
+METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+METHOD_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LEGEND_NAME = 40  # characters
 STYLE = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look the same everywhere
@@ -60,13 +61,13 @@ STYLE = {
 }
 
 
-def styled(draw: Callable[[Sequence[RunRecord]], Figure]) -> Callable[[Sequence[RunRecord]], Figure]:
+def styled(draw: Callable[[Sequence[Method]], Figure]) -> Callable[[Sequence[Method]], Figure]:
     """Draw under :data:`STYLE`; what the process has set for its own figures is left as it was."""
 
     @functools.wraps(draw)
-    def wrapper(records: Sequence[RunRecord]) -> Figure:
+    def wrapper(methods: Sequence[Method]) -> Figure:
         with matplotlib.rc_context({"figure.dpi": DOTS_PER_INCH, **STYLE}):
-            figure = draw(records)
+            figure = draw(methods)
             FigureCanvasAgg(figure).draw()  # ticks are made when drawn: make them in this style
         return figure
 
@@ -74,12 +75,12 @@ def styled(draw: Callable[[Sequence[RunRecord]], Figure]) -> Callable[[Sequence[
 
 
 def colour(place: int) -> str:
-    """The colour of the run at this place of the list, the same in every figure."""
-    return RUN_COLOURS[place % len(RUN_COLOURS)]
+    """The colour of the method at this place of the list, the same in every figure."""
+    return METHOD_COLOURS[place % len(METHOD_COLOURS)]
 
 
 def marker(place: int) -> str:
-    return RUN_MARKERS[place % len(RUN_MARKERS)]
+    return METHOD_MARKERS[place % len(METHOD_MARKERS)]
 
 
 def short(name: str, length: int = LEGEND_NAME) -> str:
@@ -89,21 +90,32 @@ def short(name: str, length: int = LEGEND_NAME) -> str:
     return name[: length // 2 - 1] + "…" + name[len(name) - (length - length // 2) :]
 
 
-def run_legend(figure: Figure, records: Sequence[RunRecord]) -> None:
-    """Names and colours above all panels, where they cover nothing."""
-    handles = [Line2D([], [], color=colour(i), linewidth=3.0) for i in range(len(records))]
-    names = [short(record.name) for record in records]
+def method_legend(figure: Figure, methods: Sequence[Method]) -> None:
+    """Names, colours and markers above all panels, where they cover nothing."""
+    handles = [
+        Line2D([], [], color=colour(i), linewidth=3.0, marker=marker(i), markersize=5.5) for i in range(len(methods))
+    ]
+    names = [short(method.name) for method in methods]
     fitting = int(figure.get_figwidth() * 11 / (max(map(len, names)) + 6))  # about 11 characters an inch
-    columns = max(1, min(len(records), fitting))
+    columns = max(1, min(len(methods), fitting))
     figure.legend(
         handles,
         names,
         loc="outside upper left",
         ncols=columns,
-        handlelength=1.4,
+        handlelength=1.8,
         columnspacing=1.8,
         borderaxespad=0.2,
     )
+
+
+def draw_curve(axes: Axes, curve: Curve, place: int, linestyle: str = "-") -> None:
+    """A method's mean over tokens with markers, and a band from its lowest to its highest seed."""
+    if (curve.low < curve.high).any():
+        axes.fill_between(curve.tokens, curve.low, curve.high, color=colour(place), alpha=0.18, linewidth=0)
+    every = max(1, len(curve.tokens) // 16)
+    axes.plot(curve.tokens, curve.mean, color=colour(place), linestyle=linestyle, marker=marker(place), markersize=3.5,
+              markevery=every)  # fmt: skip
 
 
 def token_axis(axes: Axes) -> None:
@@ -125,9 +137,14 @@ def compact_ticks(axis: Any) -> None:
         )
 
 
+def is_empty(axes: Axes) -> bool:
+    """Whether no line on it has a point."""
+    return not any(len(line.get_xdata()) for line in axes.lines)
+
+
 def not_measured(axes: Axes, what: str) -> None:
     """An empty panel says why it is empty."""
-    axes.text(0.5, 0.5, f"no {what} was recorded", transform=axes.transAxes, ha="center", va="center", color=FAINT)
+    axes.text(0.5, 0.5, f"not measured:\n{what}", transform=axes.transAxes, ha="center", va="center", color=FAINT)
 
 
 def save_png(figure: Figure, path: Path) -> None:

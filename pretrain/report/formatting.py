@@ -40,9 +40,37 @@ def fixed(value: float) -> str:
     return f"{value:.1e}"
 
 
-def signed(value: float) -> str:
+def count(value: float) -> str:
+    """A number of things, or a mean of such numbers: 86, 84.7, 1,012."""
+    if value == round(value) or abs(value) >= 1000:
+        return grouped(value)
+    return f"{value:.1f}" if abs(value) >= 0.05 else f"{value:.1g}"
+
+
+def signed(value: float, show: Callable[[float], str] = fixed) -> str:
     """A difference with its sign: +0.012."""
-    return f"{MINUS if value < 0 else '+'}{abs(value):.3f}"
+    return f"{MINUS if value < 0 else '+' if value else ''}{show(abs(value))}"
+
+
+def as_percent(share: float) -> str:
+    """A share in percent, without the sign: 0.42."""
+    return f"{100 * share:.2f}"
+
+
+def negative(text: str) -> str:
+    """With the minus that is as wide as a plus."""
+    return text.replace("-", MINUS) if text.startswith("-") else text
+
+
+def percents(*values: float | None) -> list[str]:
+    """Percents that are shown together, with the same decimals: as few as tell each of them from zero, at most 3."""
+    known = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    smallest, largest = min(known, default=0.0), max(known, default=0.0)
+    spread = max(known, default=0.0) - smallest
+    decimals = 0 if smallest >= 10 and (spread >= 2 or len(known) == 1) else 1
+    while decimals < 3 and known and largest > 0 and 0 < smallest < 0.5 * 10.0**-decimals:
+        decimals += 1
+    return [ABSENT if value is None else negative(f"{value:.{decimals}f}") for value in values]
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ from pretrain.recipe_io import recipe_to_dict
 VOCAB, WIDTH, STEPS, TOKENS_PER_STEP = 4000, 64, 2000, 2048
 # degeneration in [0, 1]; final perplexities; distinct rare tokens predicted
 KINDS: dict[str, dict[str, Any]] = {
-    "mle": {"cone": 0.85, "perplexity": (41.3, 2904.0, 29210.0, 98.2), "unique": (1012, 420, 34)},
-    "agg": {"cone": 0.15, "perplexity": (43.9, 2101.0, 10312.0, 101.3), "unique": (1005, 655, 86)},
-}
+    "mle": {"cone": 0.85, "perplexity": (41.3, 2904.0, 29210.0, 98.2), "unique": (1012, 420, 34),
+            "objective": {"method": "mle"}},
+    "agg": {"cone": 0.15, "perplexity": (43.9, 2101.0, 10312.0, 101.3), "unique": (1005, 655, 86),
+            "objective": {"method": "agg", "alpha": 0.012}},
+    "exclude": {"cone": 0.22, "perplexity": (41.9, 2254.0, 12040.0, 98.4), "unique": (1010, 633, 74),
+                "objective": {"method": "agg", "alpha": 0.012, "never_seen": "exclude"}},
+    "z_loss": {"cone": 0.84, "perplexity": (41.4, 2899.0, 28950.0, 98.1), "unique": (1011, 424, 35),
+               "objective": {"method": "mle", "z_loss": 1e-4}},
+}  # fmt: skip
+SPREAD = 0.006  # of the logarithm of a perplexity over seeds; seed 0 is as KINDS says
 
 
 def write_run(root: Path, name: str, kind: str = "agg", seed: int = 0, **evaluation: Any) -> Path:
@@ -27,8 +35,9 @@ def write_run(root: Path, name: str, kind: str = "agg", seed: int = 0, **evaluat
     random = np.random.default_rng(seed + (kind == "agg"))
     recipe = Recipe(
         name="run",
+        seed=seed,
         data=DataRecipe(folder="data/wikitext-2"),
-        objective=ObjectiveRecipe(method="agg" if kind == "agg" else "mle", alpha=0.012),
+        objective=ObjectiveRecipe(**KINDS[kind]["objective"]),
         batch=BatchRecipe(train_steps=STEPS),
     )
     tree = recipe_to_dict(recipe) | {"name": name}
@@ -37,9 +46,29 @@ def write_run(root: Path, name: str, kind: str = "agg", seed: int = 0, **evaluat
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     arrays = _arrays(kind, random)
     np.savez_compressed(folder / "evaluation.npz", **arrays)
-    tree = _evaluation(name, kind, arrays) | evaluation
-    (folder / "evaluation.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    write_evaluation(folder, evaluation_tree(name, kind, seed, arrays) | evaluation)
     return folder
+
+
+def write_seeds(root: Path, kind: str, seeds: Sequence[int], name: str = "", **evaluation: Any) -> list[Path]:
+    """Runs ``root/NAME-seedS`` of one kind."""
+    return [write_run(root, f"{name or kind}-seed{seed}", kind, seed, **evaluation) for seed in seeds]
+
+
+def write_published_model(root: Path, name: str = "gpt2", *, arrays: bool = False) -> Path:
+    """What the evaluation of a Hugging Face folder leaves: no recipe, no metrics, no method, another tokenizer."""
+    source = write_run(root, name, "mle")
+    tree = json.loads((source / "evaluation.json").read_text(encoding="utf-8"))
+    for file in ("recipe.yaml", "metrics.jsonl", *(() if arrays else ("evaluation.npz",))):
+        (source / file).unlink()
+    groups = {"frequent": 150_000, "medium": 31_000, "rare": 4_000, "total": 185_000}
+    absent: dict[str, None] = dict.fromkeys(("method", "seed", "checkpoint_step", "tokens", "training"))
+    write_evaluation(source, tree | absent | {"target_tokens": groups})
+    return source
+
+
+def write_evaluation(folder: Path, tree: dict[str, Any]) -> None:
+    (folder / "evaluation.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
 
 
 def _metrics(kind: str, random: np.random.Generator) -> list[dict[str, Any]]:
@@ -60,6 +89,10 @@ def _metrics(kind: str, random: np.random.Generator) -> list[dict[str, Any]]:
             record["isotropy_unit_norm"] = float(1 - cone * 0.8 * turned)
             record["mean_cosine"] = float(0.75 * cone * turned)
             record["mean_shift"] = float(0.8 * cone * turned)
+            record["effective_rank"] = float(62 - 40 * cone * turned + random.normal(0, 0.3))
+            record["top_singular_share"] = float(0.05 + 0.9 * cone * turned)
+            record["seen_rows"] = {"isotropy": record["isotropy"] ** 0.9, "mean_cosine": record["mean_cosine"] * 0.9}
+            record |= _by_frequency(kind, turned, random)
         if step % 100 == 0:
             record["validation_loss"] = float(np.log(total) + 3.5 * left + 0.05)
             ends = {"frequent": frequent, "medium": medium, "rare": rare, "total": total}
@@ -68,6 +101,25 @@ def _metrics(kind: str, random: np.random.Generator) -> list[dict[str, Any]]:
             }
         records.append(record)
     return records
+
+
+def _by_frequency(kind: str, turned: float, random: np.random.Generator) -> dict[str, Any]:
+    """Norms of all, gates of what has them, by tenth of the vocabulary."""
+    names = [*map(str, range(1, 11)), "never_seen"]
+    rarity = np.linspace(0, 1, len(names))
+    norms = 1 - 0.5 * rarity * (1 - KINDS[kind]["cone"]) * turned + random.normal(0, 0.01)
+    record: dict[str, Any] = {
+        "row_norm_by_decile": dict(zip(names, norms.tolist(), strict=True)),
+        "loss_by_group": {"frequent": 3.8, "medium": 7.7, "rare": 9.4, "total": 4.6},
+    }
+    if KINDS[kind]["objective"]["method"] == "agg":
+        g1, g2 = np.clip(1.6 - 2 * rarity, 0, 1), np.clip(1.9 - 1.9 * rarity, 0, 1)
+        taken = float(0.3 + 0.1 * turned + random.normal(0, 0.005))
+        record["g1_by_decile"] = dict(zip(names, g1.tolist(), strict=True))
+        record["g2_by_decile"] = dict(zip(names, g2.tolist(), strict=True))
+        record["gated_share"] = {"of_all": taken / 4, "of_rare": taken * 2}
+        record["rare_fraction"] = 0.28 - 0.08 * turned
+    return record
 
 
 def _arrays(kind: str, random: np.random.Generator) -> dict[str, Any]:
@@ -97,29 +149,89 @@ def _arrays(kind: str, random: np.random.Generator) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _evaluation(name: str, kind: str, arrays: dict[str, Any]) -> dict[str, Any]:
-    cone, unique = KINDS[kind]["cone"], KINDS[kind]["unique"]
+def evaluation_tree(name: str, kind: str, seed: int, arrays: dict[str, Any]) -> dict[str, Any]:
+    """``evaluation.json``, format 2; with a seed other than 0 its numbers scatter a little."""
+    random = np.random.default_rng(1000 + seed)
+    scatter = 0.0 if seed == 0 else 1.0
+    # What a seed does to all methods alike, and what it does to this one.
+    own = np.random.default_rng([seed, list(KINDS).index(kind)])
+    shift = scatter * (random.normal(0, 2 * SPREAD) + own.normal(0, SPREAD, 4))
+    cone = KINDS[kind]["cone"] + scatter * own.normal(0, 0.004)
+    perplexity = (np.array(KINDS[kind]["perplexity"]) * np.exp(shift)).tolist()
+    unique = [count + round(scatter * own.normal(0, 2)) for count in KINDS[kind]["unique"]]
     names = ("frequent", "medium", "rare", "total")
-    singular = arrays["singular_values"]
-    centres = (arrays["cosine_edges"][1:] + arrays["cosine_edges"][:-1]) / 2
-    shape = {
-        "isotropy": 1 - 0.98 * cone, "isotropy_unit_norm": 1 - 0.8 * cone,
-        "mean_cosine": float(np.average(centres, weights=arrays["cosine_counts"])), "mean_shift": 0.8 * cone,
-        "effective_rank": 60 - 40 * cone, "top_singular_share": float(singular[0] ** 2 / (singular**2).sum()),
-        "mean_row_norm": float(arrays["row_norms"].mean()),
-    }  # fmt: skip
+    shape = _shape(cone, arrays)
+    sliding = [0.94 * value for value in perplexity]
+    words = {"MEN": {"spearman": 0.31 - 0.1 * cone, "interval": [0.28 - 0.1 * cone, 0.34 - 0.1 * cone], "pairs": 3000,
+                     "coverage": 0.82}}  # fmt: skip
     return {
-        "format": 1, "run": name, "method": kind, "checkpoint_step": STEPS, "tokens": STEPS * TOKENS_PER_STEP,
-        "split": "test", "perplexity": dict(zip(names, KINDS[kind]["perplexity"], strict=True)),
+        "format": 2, "run": name, "method": KINDS[kind]["objective"]["method"], "seed": seed, "checkpoint_step": STEPS,
+        "tokens": STEPS * TOKENS_PER_STEP,
+        "split": "test", "perplexity": dict(zip(names, perplexity, strict=True)),
         "unique_tokens": dict(zip(names, (*unique, sum(unique)), strict=True)),
         "unique_targets": {"frequent": 1190, "medium": 1802, "rare": 314, "total": 3306},
         "target_tokens": {"frequent": 221_400, "medium": 20_120, "rare": 1_204, "total": 242_724},
-        **shape, "seen_rows": {key: value * 0.97 for key, value in shape.items()},
-        "word_similarity": {"MEN": {"spearman": 0.31 - 0.1 * cone, "pairs": 3000, "coverage": 0.82}},
+        "sliding_window": {"window": 256, "stride": 56, "perplexity": dict(zip(names, sliding, strict=True)),
+                           "unique_tokens": dict(zip(names, (*unique, sum(unique)), strict=True))},
+        "bits_per_byte": {"non_overlapping": float(np.log2(perplexity[-1]) / 4.3),
+                          "sliding_window": float(np.log2(sliding[-1]) / 4.3)},
+        **shape, "seen_rows": {key: value * 0.97 for key, value in shape.items()}, "word_similarity": words,
+        "under_trained_tokens": _under_trained(cone), "generation": _generation(cone), "input_embedding": None,
         "parameters": 2_891_264, "parameters_without_embeddings": 793_344,
         "training": {
             "tokens_per_second": 7012.0 if kind == "mle" else 6941.0, "seconds": 1234.0, "world_size": 2,
             "tensor_model_parallel_size": 2, "data_parallel_size": 1, "sharding": "zero1", "precision": "fp32",
             "hardware": "2 cores", "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"},
         },
+    }  # fmt: skip
+
+
+def _shape(cone: float, arrays: dict[str, Any]) -> dict[str, float]:
+    singular = arrays["singular_values"]
+    centres = (arrays["cosine_edges"][1:] + arrays["cosine_edges"][:-1]) / 2
+    return {
+        "isotropy": 1 - 0.98 * cone, "isotropy_unit_norm": 1 - 0.8 * cone,
+        "mean_cosine": float(np.average(centres, weights=arrays["cosine_counts"])), "mean_shift": 0.8 * cone,
+        "effective_rank": 60 - 40 * cone, "top_singular_share": float(singular[0] ** 2 / (singular**2).sum()),
+        "mean_row_norm": float(arrays["row_norms"].mean()),
+    }  # fmt: skip
+
+
+def untied(cone: float, kind: str = "agg") -> dict[str, Any]:
+    """An input embedding's entry."""
+    shape = _shape(cone, _arrays(kind, np.random.default_rng(3)))
+    words = {"MEN": {"spearman": 0.22, "interval": None, "pairs": 3000, "coverage": 0.82}}
+    return shape | {"seen_rows": shape, "word_similarity": words, "under_trained_tokens": _under_trained(cone)}
+
+
+def _under_trained(cone: float) -> dict[str, Any]:
+    texts = ("\u2581Kazakh", "<0x0A>", " Solid", "\n\n", "\u2581zw\u00f6lf", "\u0430\u0431", "<b>", "}}", "\u2581%%",
+             "@-@", "\u2581Ch\u00e2teau", "ization")  # fmt: skip
+    tokens = [
+        {"id": 3117 + 71 * i, "text": text, "count": i // 3, "cosine": 0.99 - 0.01 * i - 0.1 * (1 - cone)}
+        for i, text in enumerate(texts)
+    ]
+    return {"reference": "never_seen", "reference_rows": 400, "tokens": tokens}
+
+
+def _generation(cone: float) -> dict[str, Any]:
+    def of(repeated: float, **more: float) -> dict[str, float]:
+        distinct = {f"distinct_{n}": 1 - repeated ** (n / 2) * 0.9 for n in range(1, 5)}
+        return {
+            "repetition_4": repeated,
+            **distinct,
+            "unique_tokens": 900,
+            "rare_share": 0.004 * (1 - repeated),
+            **more,
+        }
+
+    examples = [
+        {"prompt": f"The town of {town} lies", "greedy": " in the south of the" * 4,
+         "sampled": " near a river that was called the Orne in older maps , and is known for its bells .",
+         "human": " on a hill above the valley , and had 4,112 inhabitants in 1901 ."}
+        for town in ("Alten", "Bourg", "Carrow")
+    ]  # fmt: skip
+    return {
+        "prompts": 64, "prompt_tokens": 50, "new_tokens": 100, "greedy": of(0.55 + 0.3 * cone),
+        "sampled": of(0.03 + 0.02 * cone, temperature=1.0, top_p=0.9), "human": of(0.02), "examples": examples,
     }  # fmt: skip

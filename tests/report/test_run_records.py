@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.errors import UserError
 from pretrain.report.run_records import read_runs
-from tests.report.synthetic_runs import STEPS, TOKENS_PER_STEP, write_run
+from tests.report.synthetic_runs import STEPS, TOKENS_PER_STEP, write_evaluation, write_published_model, write_run
 
 
 def test_reading_a_run(tmp_path: Path) -> None:
@@ -74,8 +74,10 @@ def test_what_is_not_an_evaluated_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluation\.json has format 2, this version reads 1"):
-        read_runs([write_run(tmp_path, "one", format=2)])
+    with pytest.raises(
+        UserError, match=r"evaluation\.json has format 1, this version reads 2: run `python .*one` again"
+    ):
+        read_runs([write_run(tmp_path, "one", format=1)])
     folder = write_run(tmp_path, "two")
     path = folder / "evaluation.json"
     tree = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +85,7 @@ def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(tree), encoding="utf-8")
     with pytest.raises(UserError, match="lacks isotropy, training"):
         read_runs([folder])
-    path.write_text('{"format": 1,\n"run": }', encoding="utf-8")
+    path.write_text('{"format": 2,\n"run": }', encoding="utf-8")
     with pytest.raises(UserError, match=r"evaluation\.json:2: not JSON"):
         read_runs([folder])
 
@@ -91,3 +93,46 @@ def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / place, "same") for place in ("a", "b")]
     assert [record.name for record in read_runs(folders)] == [f"same ({folder})" for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("perplexity", 3.0, "perplexity is 3.0"),
+        ("perplexity", None, "perplexity is None"),
+        ("seed", "one", "seed is 'one'"),
+        ("generation", [1], "generation is"),
+        ("generation", {"examples": [{"prompt": "a"}]}, "generation.examples is no list of prompt, greedy"),
+        ("under_trained_tokens", {"tokens": {"id": 1}}, "under_trained_tokens.tokens is no list of id, text"),
+    ],
+)
+def test_entries_of_another_kind_are_damage(entry: str, value: object, said: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one")
+    path = folder / "evaluation.json"
+    write_evaluation(folder, json.loads(path.read_text(encoding="utf-8")) | {entry: value})
+    with pytest.raises(UserError, match=rf"evaluation\.json is damaged: {said}.*run `python .*one` again"):
+        read_runs([folder])
+
+
+def test_arrays_that_do_not_fit_are_damage(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one")
+    arrays = dict(np.load(folder / "evaluation.npz"))
+    np.savez(folder / "evaluation.npz", **(arrays | {"row_norms": arrays["row_norms"][:-1]}))
+    with pytest.raises(UserError, match=r"evaluation\.npz is damaged: arrays of the vocabulary have"):
+        read_runs([folder])
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_published_model_has_neither_recipe_nor_metrics(arrays: bool, tmp_path: Path) -> None:
+    (record,) = read_runs([write_published_model(tmp_path, arrays=arrays)])
+    assert (record.recipe, record.recipe_text, record.metrics, record.seed) == ({}, "", [], None)
+    assert ("row_norms" in record.arrays) == arrays
+    assert record.number("isotropy") is not None
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_a_run_without_its_files_is_no_published_model(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one")
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=f"is not a run folder: it has no {name}"):
+        read_runs([folder])
