@@ -25,7 +25,7 @@ from pretrain.evaluation.geometry import (
     singular_values,
 )
 from pretrain.evaluation.word_similarity import word_similarity
-from pretrain.files import without_infinities, write_bytes, write_json
+from pretrain.files import make_folder, without_infinities, write_bytes, write_json
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
@@ -73,11 +73,13 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
         "parameters_without_embeddings": model_size(recipe.model, run.prepared.vocab_size).without_embeddings,
         "training": _training_facts(run, folder),
     }
-    write_bytes(folder.evaluation_arrays, _as_npz(arrays))
-    write_json(folder.evaluation_file, without_infinities(evaluation))
+    file, arrays_file = folder.evaluation_files(checkpoint)
+    make_folder(file.parent)
+    write_bytes(arrays_file, _as_npz(arrays))
+    write_json(file, without_infinities(evaluation))
     say(
         f"{recipe.name}: step {run.progress.step:,}, test perplexity {grouped.perplexity()['total'] or math.nan:,.1f}, "
-        f"isotropy {geometry['isotropy']:.3f}, mean cosine {geometry['mean_cosine']:.3f} in {folder.evaluation_file}"
+        f"isotropy {geometry['isotropy']:.3f}, mean cosine {geometry['mean_cosine']:.3f} in {file}"
     )
 
 
