@@ -10,7 +10,7 @@ from pathlib import Path
 from pretrain.cluster.memory import RankMemory, memory_per_rank
 from pretrain.console import age_in_words, bytes_in_words, table_lines
 from pretrain.data.manifest import Manifest, inputs_of
-from pretrain.errors import UserError
+from pretrain.errors import RecipeError, UserError
 from pretrain.model.size import ModelSize, model_size, peak_flops, training_flops_per_token
 from pretrain.recipe import Recipe
 from pretrain.study.grid import Cell, cells_of, vocab_size_of
@@ -69,7 +69,7 @@ def make_plan(study: Study, resources: Resources) -> list[PlannedRun]:
         try:
             run = _planned(cell, resources)
         except UserError as error:
-            refused[cell.name] = [line.removeprefix("  - ") for line in str(error).splitlines()]
+            refused[cell.name] = error.problems if isinstance(error, RecipeError) else [str(error)]
             continue
         planned.append(run)
         limit, whose = _memory_limit(cell.recipe, resources)
