@@ -171,14 +171,14 @@ def _add_cluster_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _add_study_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "Run all runs of a study, here or on SLURM, and go on where it was stopped; or plan it, or report it."
+    text = "Run all runs of a study, here or on SLURM, and go on where it was stopped; or plan it, or record it."
     added = verbs.add_parser("study", help=text, description=text)
     added.set_defaults(run="pretrain.study.commands:study", array=None)
     added.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a shipped study")
     added.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs; name=... is the study's")
     way = added.add_mutually_exclusive_group()
     way.add_argument("--dry-run", action="store_true", help="a table of what each run takes; nothing is started")
-    way.add_argument("--report", action="store_true", help="write the records and the report of what is done")
+    way.add_argument("--report", action="store_true", help="write the records of what is done")
     added.add_argument("--parallel-runs", type=_positive, default=1, metavar="N", help="at a time, here; default: 1")
     added.add_argument("--memory-gib", type=float, metavar="GIB", help="that a rank may take; default: this machine's")
     added.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation of the plan's times; 0.4")

@@ -26,8 +26,7 @@ def study(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.overrides)
     folder = StudyFolder(study.folder)
     if options.report:
-        write_records(folder.path)
-        _report(study)
+        say(f"records: {write_records(folder.path)}")
         return 0
     request = _request(study, options) if options.slurm else None
     resources = _resources(options, request)
@@ -52,10 +51,7 @@ def _run(study: Study, plan: Sequence[PlannedRun], options: argparse.Namespace, 
         prepare_data(plan)
         if request is not None:
             return submit_study(study, plan, request, options.throttle)
-        code = run_locally(study, plan, options.parallel_runs)
-    if code == 0:
-        _report(study)
-    return code
+        return run_locally(study, plan, options.parallel_runs)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -89,7 +85,3 @@ def _resources(options: argparse.Namespace, request: JobRequest | None) -> Resou
         peak=None if options.peak_tflops is None else options.peak_tflops * 1e12,
         utilisation=options.mfu,
     )
-
-
-def _report(study: Study) -> None:
-    """Nothing yet: the page of a study is not written."""

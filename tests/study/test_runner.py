@@ -10,6 +10,7 @@ import pytest
 from pretrain.__main__ import main
 from pretrain.run_folder import RunFolder
 from pretrain.run_lock import run_lock
+from pretrain.study.grid import cells_of
 from pretrain.study.records import read_records
 from pretrain.study.state import read_state
 from pretrain.study.study_file import load_study
@@ -103,11 +104,12 @@ def test_a_base_that_changed_under_runs_is_refused(stopped, capfd):
 
 
 def test_what_fails_is_tried_once_more_and_named_and_the_rest_is_done(prepared_recipe, tmp_path, capfd):
-    """A run whose folder another training holds is refused by train; the other run is not kept from being done."""
+    """A run whose folder holds something else is refused by train; that does not keep the other from being done."""
     study = write_study(tmp_path, prepared_recipe, axes={"objective": OBJECTIVES})
+    planned = load_study(study)
+    StudyFolder(planned.folder).claim(planned, cells_of(planned)[0])
     out = tmp_path / "out/small"
-    (out / "plain").mkdir(parents=True)
-    (out / "plain/STOP.txt").touch()  # not a run: train refuses the folder
+    (out / "plain/thesis.tex").touch()
     assert main(["study", study]) == 1
     said = capfd.readouterr().out
     failed, done = read_state(out / "plain"), read_state(out / "agg")
@@ -115,7 +117,7 @@ def test_what_fails_is_tried_once_more_and_named_and_the_rest_is_done(prepared_r
     assert failed.cause.startswith("exit code 2: error: ") and "is not empty and not a run" in failed.cause
     assert "plain failed 2 time(s): exit code 2" in said and "1 failed, 1 done" in said
     assert [row["run"] for row in read_records(out).to_pylist()] == ["agg"]
-    (out / "plain/STOP.txt").unlink()
+    (out / "plain/thesis.tex").unlink()
     assert main(["study", study]) == 0
     assert read_state(out / "plain").failures == 0 and read_records(out).num_rows == 2
 
@@ -141,7 +143,7 @@ def test_a_folder_of_something_else(prepared_recipe, tmp_path, capfd):
 def test_the_quick_study(tmp_path):
     """As it is shipped: eight runs on the embedded corpus."""
     process = start("study", "quick", f"output_root={tmp_path}", f"data.folder={tmp_path / 'data'}")
-    code, said = process.communicate(timeout=1800)[0], ""
-    assert process.returncode == 0, (code, said)
+    said, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, said + errors
     rows = read_records(tmp_path / "quick").to_pylist()
     assert len(rows) == 8 and {row["step"] for row in rows} == {300}
