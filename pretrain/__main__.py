@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_checkpoint_verbs(verbs)
     _add_cluster_verbs(verbs)
+    _add_study_verb(verbs)
 
     added = verb("report", "pretrain.commands:report", "Figures, CSV and one HTML page of runs that were evaluated.")
     added.add_argument("folders", nargs="+", metavar="RUN", type=Path, help="runs that differ only by seed are one")
@@ -161,12 +162,8 @@ def _add_cluster_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser
     added.set_defaults(run="pretrain.cluster.submit:submit")
     added.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     added.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=3e-4")
-    added.add_argument("--nodes", type=_positive, default=1, help="default: 1")
-    added.add_argument("--gpus-per-node", type=_positive, help="default: none are asked for")
-    added.add_argument("--ranks-per-node", type=_positive, help="default: RANKS_PER_NODE, or one per GPU, or 1")
-    added.add_argument("--time", metavar="LIMIT", help="as SLURM writes it, 24:00:00; default: the partition's")
+    _add_job_options(added)
     added.add_argument("--array", metavar="SPEC", help="a chain of jobs that go on from each other: 1-10%%1")
-    added.add_argument("--sbatch-option", action="append", default=[], metavar="OPTION", help="--exclude=node7; repeat")
     added.add_argument("--dry-run", action="store_true", help="show it, write and submit nothing")
     added.add_argument("--tokens-per-second", type=float, metavar="RATE", help="for --dry-run, before it is measured")
 
@@ -175,6 +172,32 @@ def _add_cluster_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser
     added.set_defaults(run="pretrain.cluster.status:status")
     added.add_argument("folders", nargs="*", metavar="RUN", type=Path, help="runs, or folders of runs; default: runs")
     added.add_argument("--json", action="store_true", help="records instead of a table")
+
+
+def _add_study_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "Run all runs of a study, here or on SLURM, and go on where it was stopped; or plan it, or record it."
+    added = verbs.add_parser("study", help=text, description=text)
+    added.set_defaults(run="pretrain.study.commands:study", array=None)
+    added.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a shipped study")
+    added.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs; name=... is the study's")
+    way = added.add_mutually_exclusive_group()
+    way.add_argument("--dry-run", action="store_true", help="a table of what each run takes; nothing is started")
+    way.add_argument("--report", action="store_true", help="write the records of what is done")
+    added.add_argument("--parallel-runs", type=_positive, default=1, metavar="N", help="at a time, here; default: 1")
+    added.add_argument("--memory-gib", type=float, metavar="GIB", help="that a rank may take; default: this machine's")
+    added.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation of the plan's times; 0.4")
+    added.add_argument("--peak-tflops", type=float, help="dense peak of a device; default: this machine's GPU")
+    added.add_argument("--slurm", action="store_true", help="one array job; each of its jobs is as follows")
+    added.add_argument("--throttle", type=_positive, metavar="N", help="jobs of the array at a time; default: all")
+    _add_job_options(added)
+
+
+def _add_job_options(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--nodes", type=_positive, default=1, help="default: 1")
+    added.add_argument("--gpus-per-node", type=_positive, help="default: none are asked for")
+    added.add_argument("--ranks-per-node", type=_positive, help="default: RANKS_PER_NODE, or one per GPU, or 1")
+    added.add_argument("--time", metavar="LIMIT", help="as SLURM writes it, 24:00:00; default: the partition's")
+    added.add_argument("--sbatch-option", action="append", default=[], metavar="OPTION", help="--exclude=node7; repeat")
 
 
 def _positive(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -47,6 +48,15 @@ def say(text: str) -> None:
     """One line on stdout, without tearing a bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str]) -> Iterator[str]:
+    """Columns under their names; those that are named in ``to_the_right`` end there, as numbers do."""
+    table = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        signs = (">" if name in to_the_right else "<" for name in head)
+        yield "  ".join(f"{cell:{sign}{width}}" for sign, cell, width in zip(signs, cells, widths, strict=True))
 
 
 def bytes_in_words(count: int) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -56,10 +56,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such recipe, or not YAML.
     """
     path = find_recipe(name_or_path)
-    tree = _read(path)
+    tree = read_mapping(path)
     base = tree.pop("base", None)
     if base is not None:
-        below = _read(find_recipe(str(base)))
+        below = read_mapping(find_recipe(str(base)))
         if "base" in below:
             raise UserError(
                 f"{path} has base {base}, which has a base itself: name {below['base']} or write the keys out"
@@ -68,20 +68,25 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[str] = []
     for override in overrides:
         _apply_override(tree, override, problems)
-    recipe = _build(Recipe, tree, "", problems)
+    recipe = build(Recipe, tree, "", problems)
     if problems or not isinstance(recipe, Recipe):
         raise RecipeError(problems, str(path))
     recipe.check(str(path))
     return recipe
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """The keys of a YAML file.
+
+    Raises:
+        UserError: it is not YAML, no mapping, or a key is given twice.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of recipe keys")
+        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of keys")
     return tree
 
 
@@ -97,7 +102,7 @@ def _over(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
 def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:
     """A recipe from its plain form, as :func:`recipe_to_dict` gives it."""
     problems: list[str] = []
-    recipe = _build(Recipe, tree, "", problems)
+    recipe = build(Recipe, tree, "", problems)
     if problems or not isinstance(recipe, Recipe):
         raise RecipeError(problems, where)
     recipe.check(where)
@@ -148,10 +153,10 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
     node[leaf] = value
 
 
-def _build(cls: type[Any], tree: Any, prefix: str, problems: list[str]) -> Any:
+def build(cls: type[Any], tree: Any, prefix: str, problems: list[str]) -> Any:
     """One dataclass from one mapping; what is wrong goes to ``problems``, then None is returned."""
     if not isinstance(tree, dict):
-        problems.append(f"{prefix.rstrip('.') or 'the recipe'} must be a section of keys, not {tree!r}")
+        problems.append(f"{prefix.rstrip('.') or 'the file'} must be a section of keys, not {tree!r}")
         return None
     hints = typing.get_type_hints(cls)
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}
@@ -159,8 +164,7 @@ def _build(cls: type[Any], tree: Any, prefix: str, problems: list[str]) -> Any:
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), list(fields), n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(fields)}"
+            hint = nearest(str(key), fields, prefix) or f"; known here: {', '.join(fields)}"
             problems.append(f"unknown key {prefix}{key}{hint}")
         else:
             values[key] = _convert(hints[key], value, prefix + str(key), problems)
@@ -171,10 +175,16 @@ def _build(cls: type[Any], tree: Any, prefix: str, problems: list[str]) -> Any:
     return cls(**values) if len(problems) == before else None
 
 
+def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
+    """The end of a message about a name that is not known; empty where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
 def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     """``value`` as the annotated type, or a problem. Nothing is guessed: a string is never a number."""
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, key + ".", problems)
+        return build(typing.cast(type, hint), value, key + ".", problems)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -190,6 +200,8 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
             + (f"; did you mean {near[0]}?" if near else "")
         )
         return None
+    if origin in (dict, list):
+        hint = origin
     if origin is tuple:
         return _convert_tuple(args, value, key, problems)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
@@ -217,4 +229,11 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, key: str, problems: list[s
     )
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    dict: "a section of keys",
+    list: "a list",
+}

@@ -22,7 +22,7 @@ FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
 # What may differ if that is asked for: the weights fit, but what is trained is another thing from here on.
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
-NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "aside", "resharding")
+NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "state.json", "aside", "resharding")
 
 EVALUATION_FORMAT = 2
 
@@ -81,7 +81,7 @@ class RunFolder:
             UserError: another run is there, with the keys that differ; or it is not a run.
         """
         if self.has_begun():
-            changes = {key: text for key, text in self._differences(recipe).items() if not _is_free(key)}
+            changes = self.changes_of(recipe)
             allowed = {key for key in changes if key.split(".")[0] in CHANGEABLE_SECTIONS}
             refused = [text for key, text in changes.items() if not (allow_changes and key in allowed)]
             if refused:
@@ -95,6 +95,10 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is not empty and not a run: give this run another name=... or empty the folder"
             )
+
+    def changes_of(self, recipe: Recipe) -> dict[str, str]:
+        """Keys in which this recipe trains something else than the run, each with "key: there X, asked for Y"."""
+        return {key: text for key, text in self._differences(recipe).items() if not _is_free(key)}
 
     def start_again(self) -> Path | None:
         """Move the whole run to ``aside/TIME``, where it stays a run folder; None if there is none."""

@@ -61,10 +61,11 @@ def site_environment() -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if "=" in entry)
 
 
-def job_script(request: JobRequest, logs: Path, arguments: Sequence[str], site: Mapping[str, str]) -> str:
-    """A script for sbatch that starts ``slurm/launch.sh ARGUMENTS``.
+def job_script(request: JobRequest, logs: Path, command: Sequence[str], site: Mapping[str, str], verb: str) -> str:
+    """A script for sbatch that runs a script of the repository with its arguments, ``slurm/launch.sh train RECIPE``.
 
     Args:
+        verb: that writes it, for people who find it.
         logs: the folder for the output of the job.
         site: see :func:`site_environment`.
     """
@@ -82,7 +83,7 @@ def job_script(request: JobRequest, logs: Path, arguments: Sequence[str], site: 
     } | {option: site.get(variable) or None for variable, option in SITE_OPTIONS.items()}
     lines = ["--exclusive", *(_option(key, value) for key, value in options.items() if value is not None)]
     lines += request.options  # the last word
-    launch = shlex.join(["bash", "slurm/launch.sh", *arguments])
+    launch = shlex.join(["bash", *command])
     named = os.environ.get("PRETRAIN_CLUSTER_ENV")
     exports = [f"export RANKS_PER_NODE={request.ranks_per_node}"]
     exports += [f'export PYTHON="${{PYTHON:-{shlex.quote(sys.executable)}}}"']
@@ -90,7 +91,7 @@ def job_script(request: JobRequest, logs: Path, arguments: Sequence[str], site: 
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            "# Written by `python -m pretrain submit`.",
+            f"# Written by `python -m pretrain {verb}`.",
             *(f"#SBATCH {line}" for line in lines),
             "set -euo pipefail",
             f"cd {shlex.quote(str(ROOT))}",

@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.cluster.queue import QueuedJob, jobs_of, read_queue
 from pretrain.cluster.run_records import RunRecords, read_run
-from pretrain.console import age_in_words, say
+from pretrain.console import age_in_words, say, table_lines
 from pretrain.errors import UserError
 
 DEFAULT_FOLDER = Path("runs")
@@ -35,7 +35,8 @@ def status(options: argparse.Namespace) -> None:
     if not rows:
         say(f"no runs in {DEFAULT_FOLDER}")
     else:
-        _say_table([HEAD, *(_cells(row) for row in rows)])
+        for line in table_lines(HEAD, [_cells(row) for row in rows], TO_THE_RIGHT):
+            say(line.rstrip())
     if remark:
         say(remark)
 
@@ -156,11 +157,3 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row.get("job_id") or "",
         row["reason"],
     )
-
-
-def _say_table(table: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        places = zip(HEAD, cells, widths, strict=True)
-        line = [f"{cell:>{width}}" if name in TO_THE_RIGHT else f"{cell:{width}}" for name, cell, width in places]
-        say("  ".join(line).rstrip())

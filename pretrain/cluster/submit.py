@@ -48,12 +48,12 @@ def submit(options: argparse.Namespace) -> int:
     quiet_third_party()
     recipe, overrides = _with_absolute_paths(load_recipe(options.recipe, options.overrides), options.overrides)
     site = site_environment()
-    request = _request(options, recipe, site)
+    request = request_of(options, recipe, site)
     folder = RunFolder(recipe.run_folder)
     prepared = check_run(recipe, request.world_size)
     folder.check(recipe)
-    arguments = ["train", str(find_recipe(options.recipe).absolute()), *overrides]
-    script = job_script(request, folder.logs, arguments, site)
+    launch = ["slurm/launch.sh", "train", str(find_recipe(options.recipe).absolute()), *overrides]
+    script = job_script(request, folder.logs, launch, site, "submit")
     if options.dry_run:
         for line in _description(recipe, request, prepared, options.tokens_per_second):
             say(line)
@@ -77,8 +77,9 @@ def _with_absolute_paths(recipe: Recipe, overrides: Sequence[str]) -> tuple[Reci
     return recipe_from_dict(tree, recipe.name), kept + [f"{key}={json.dumps(value)}" for key, value in made.items()]
 
 
-def _request(options: argparse.Namespace, recipe: Recipe, site: dict[str, str]) -> JobRequest:
-    """
+def request_of(options: argparse.Namespace, recipe: Recipe, site: dict[str, str]) -> JobRequest:
+    """What the options of a command ask for, for a job of this recipe.
+
     Raises:
         UserError: options that contradict each other.
     """
@@ -180,11 +181,11 @@ def _hand_over(folder: RunFolder, recipe: Recipe, given: str, script: str, reque
         except BlockingIOError:
             raise UserError(f"another submit of {folder.path} is under way") from None
         with _undone_on_error(folder, new_folders):
-            _refuse_second_job(folder)
+            refuse_second_job(folder.path, folder.jobs_file)
             if not folder.has_begun():
                 folder.claim(recipe, given)
             write_text(folder.job_script, script)
-            job_id = _sbatch(folder.job_script)
+            job_id = sbatch(folder.job_script)
         facts: dict[str, Any] = {
             "job_id": job_id,
             "nodes": request.nodes,
@@ -198,16 +199,25 @@ def _hand_over(folder: RunFolder, recipe: Recipe, given: str, script: str, reque
     return job_id
 
 
-def _refuse_second_job(folder: RunFolder) -> None:
-    events = [event for event in read_events(folder.jobs_file) if "job_id" in event]
+def refuse_second_job(folder: Path, jobs_file: Path) -> None:
+    """
+    Raises:
+        UserError: a job of this run or study is in the queue.
+    """
+    events = [event for event in read_events(jobs_file) if "job_id" in event]
     for job in jobs_of(events, (read_queue() or ()) if events else ()):
         if job.is_alive:
             raise UserError(
-                f"{folder.path} has a job, {job.array_id} ({job.state.lower()}): wait for it, or scancel {job.array_id}"
+                f"{folder} has a job, {job.array_id} ({job.state.lower()}): wait for it, or scancel {job.array_id}"
             )
 
 
-def _sbatch(script: Path) -> str:
+def sbatch(script: Path) -> str:
+    """Hand a script to SLURM; the number of the job.
+
+    Raises:
+        UserError: no answer, or a refusal with SLURM's own words.
+    """
     # What the script says in its lines must not be said again by the environment, which is stronger.
     environment = {key: value for key, value in os.environ.items() if key not in SITE_OPTIONS}
     command = ["sbatch", "--parsable", str(script)]

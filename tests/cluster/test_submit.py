@@ -171,13 +171,13 @@ def test_not_submitted_twice_when_squeue_is_silent(home, slurm, capfd):
 
 def test_two_at_once(home, slurm, capfd, monkeypatch):
     inner = []
-    sbatch = module._sbatch
+    sbatch = module.sbatch
 
     def meanwhile(script: Path) -> str:
         inner.append(refused(capfd))
         return sbatch(script)
 
-    monkeypatch.setattr(module, "_sbatch", meanwhile)
+    monkeypatch.setattr(module, "sbatch", meanwhile)
     assert submit() == 0
     assert "another submit" in inner[0] and len(slurm.scripts) == 1
 
