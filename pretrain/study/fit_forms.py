@@ -7,8 +7,8 @@ the points, v = (y - y0) / s with y0 the median and s the spread of y. n observa
     log-linear    v = c + k u                     y = a + b ln x
     power law     v = c + k (1 - e^(-b u)) / b    y = E + A x^(-b)
 
-The right-hand forms are the ones meant; the left-hand ones are fitted. c and k are the value and the slope in the middle
-of the data, so they hardly depend on b, and b -> 0 is the logarithm: nothing blows up on the way.
+The right-hand forms are the ones meant; the left-hand ones are fitted. c and k are the value and the slope in the
+middle of the data, so they hardly depend on b, and b -> 0 is the logarithm: nothing blows up on the way.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Form:
 
     Attributes:
         parameters: how many.
-        fewest: different scales that a fit needs: one more than parameters, so that there is something to be wrong about.
+        fewest: different scales that a fit needs: one more than parameters, so that it can be wrong.
         value: (theta [p], u [n]) -> v [n].
         slopes: the same -> its derivative [n, p].
     """

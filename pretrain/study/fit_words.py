@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 from pretrain.report.formatting import MINUS, tick
 from pretrain.study.fit_forms import LOG_LINEAR, POWER_LAW
@@ -18,23 +18,44 @@ SCALES = {
 
 
 def number(value: float) -> str:
-    """Three significant digits with a true minus sign: 3.1, −0.042, 0."""
+    """Three significant digits with a true minus sign."""
     text = f"{abs(value):.3g}" if abs(value) < 9.995e5 else tick(abs(value))
     return (MINUS if value < 0 and float(f"{value:.3g}") else "") + text
 
 
-def with_interval(interval: Interval, show: Callable[[float], str] = number) -> str:
-    """0.21 [0.17, 0.25]"""
-    return f"{show(interval.value)} [{show(interval.low)}, {show(interval.high)}]"
+def with_interval(interval: Interval) -> str:
+    """0.21 [0.17, 0.25]: as many decimals as give the interval two digits."""
+    value, low, high = (
+        in_decimals(number, decimals(interval)) for number in (interval.value, interval.low, interval.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def decimals(interval: Interval) -> int:
+    """How many decimals say two digits of half the interval; three digits of the value where it has no width."""
+    half = (interval.high - interval.low) / 2
+    size = half if half > 1e-12 * abs(interval.value) else abs(interval.value) / 10
+    return min(max(1 - math.floor(math.log10(size)), 0), 6) if size > 0 and math.isfinite(size) else 2
+
+
+def in_decimals(value: float, places: int) -> str:
+    """With a true minus sign, and none before zero."""
+    text = f"{abs(value):,.{places}f}"
+    return (MINUS if value < 0 and text.strip("0.,") else "") + text
 
 
 def negated(interval: Interval) -> Interval:
     return Interval(-interval.value, -interval.high, -interval.low)
 
 
+def size_text(value: float) -> str:
+    """A scale: 200K, 12.8M, 8.90e12."""
+    return tick(value) if value < 1e12 else f"{value:.2e}".replace("e+", "e")
+
+
 def over(fit: Fit) -> str:
-    """The range of the data: 0.2M to 12.8M."""
-    return f"{tick(float(fit.scales[0]))} to {tick(float(fit.scales[-1]))}"
+    """The range of the data: 200K to 12.8M."""
+    return f"{size_text(float(fit.scales[0]))} to {size_text(float(fit.scales[-1]))}"
 
 
 def sentence(fit: Fit, measure: str, scale: str) -> str:
@@ -52,7 +73,7 @@ def sentence(fit: Fit, measure: str, scale: str) -> str:
 
 
 def predicate(fit: Fit, symbol: str) -> str:
-    """What the measure does, without the measure: "falls as N^−0.21 [−0.26, −0.17] towards 3.1 [3.0, 3.2]"."""
+    """What the measure does, without the measure: "falls as N^-0.21 [-0.26, -0.17] towards 3.1 [3.0, 3.2]"."""
     if fit.verdict == "too few":
         count = len(fit.scales)
         return (

@@ -1,8 +1,8 @@
 """A measure against a scale: which curve, with what certainty, and what may be said about it.
 
-Three forms are fitted by robust least squares (:mod:`pretrain.study.fit_forms`). Their uncertainty comes from a bootstrap
-that draws the scales with replacement and then the seeds of each; the deviations of n seeds from their mean are
-stretched by sqrt(n / (n - 1)), without which few seeds look too certain (Davison and Hinkley 1997, section 2.2).
+Three forms are fitted by robust least squares (:mod:`pretrain.study.fit_forms`). Their uncertainty comes from a
+bootstrap that draws the scales with replacement and then the seeds of each; the deviations of n seeds from their mean
+are stretched by sqrt(n / (n - 1)), without which few seeds look too certain (Davison and Hinkley 1997).
 Forms are compared by their error on a scale that was left out, each in turn. A richer form is taken only where it is
 better by more than the standard error of the difference over the scales left out, and where the interval of what it
 adds (the slope, the exponent) says that it is there.
@@ -164,7 +164,7 @@ class Fit:
         return self.verdict in ("log-linear", "power law", "cannot tell")
 
     def band(self, x: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
-        """The chosen curve and its 95 % band at x, each [n]; the band is over all forms that the data cannot tell apart.
+        """The chosen curve and its 95 % band at x, each [n]; the band is over all forms that cannot be told apart.
 
         Raises:
             ValueError: nothing was fitted, or x leaves the range of the data though no dependence was found.

@@ -1,7 +1,7 @@
 """The records of a study, checked and put in order: series of runs over a scale, cells of seeds, paired differences.
 
-A *series* is what one line of a figure shows: a method and one value of every other axis that varies within it. A *cell* is
-a series at one scale: its seeds. Two runs are a *pair* when they differ in nothing but the method.
+A *series* is what one line of a figure shows: a method and one value of every other axis that varies within it. A
+*cell* is a series at one scale: its seeds. Two runs are a *pair* when they differ in nothing but the method.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def read_study(table: pa.Table | Sequence[Row]) -> Study:
     done = tuple(row for row in last.values() if row["state"] == "done")
     if not done:
         held = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        raise UserError(f"no run of the study {rows[0]['study']!r} is done ({held}): run the study again to go on with it")
+        raise UserError(f"no run of the study {rows[0]['study']!r} is done ({held}): run the study again to go on")
     axes = _varying_axes(done)
     scale = max(SCALE_COLUMNS, key=lambda column: (len({row[column] for row in done}), -SCALE_COLUMNS.index(column)))
     checkpoints = tuple(row for row in rows if row["state"] == "done")
@@ -155,12 +155,14 @@ def _check(rows: Sequence[Row]) -> None:
 
 def _varying_axes(rows: Sequence[Row]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("axis.")))
-    values = {name.removeprefix("axis."): _ordered({row.get(name) for row in rows} - {None}) for name in names}
+    values = {name.removeprefix("axis."): _ordered([row.get(name) for row in rows]) for name in names}
     return {name: found for name, found in values.items() if len(found) > 1}
 
 
-def _ordered(values: set[Any]) -> list[Any]:
-    return sorted(values, key=lambda value: (isinstance(value, str), value))
+def _ordered(values: Sequence[Any]) -> list[Any]:
+    """Each once: numbers rising, texts as they come."""
+    different = [value for value in dict.fromkeys(values) if value is not None]
+    return different if any(isinstance(value, str) for value in different) else sorted(different)
 
 
 def _series(rows: Sequence[Row], axes: Mapping[str, list[Any]], scale: str) -> tuple[Series, ...]:

@@ -21,10 +21,19 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from pretrain.files import replacing
-from pretrain.report.figure_style import DOTS_PER_INCH, FAINT, INK, STYLE, colour, compact_ticks, marker, save_png, short
-from pretrain.report.formatting import tick
+from pretrain.report.figure_style import (
+    DOTS_PER_INCH,
+    FAINT,
+    INK,
+    STYLE,
+    colour,
+    compact_ticks,
+    marker,
+    save_png,
+    short,
+)
 from pretrain.study.fit_forms import Floats
-from pretrain.study.fit_words import SCALES, SYMBOLS
+from pretrain.study.fit_words import SCALES, SYMBOLS, size_text
 from pretrain.study.fits import Fit, Interval
 from pretrain.study.study_cells import (
     ISOTROPY,
@@ -33,7 +42,6 @@ from pretrain.study.study_cells import (
     RARE_LOSS,
     Series,
     Study,
-    StudyMeasure,
     cells,
     mean_interval,
     paired,
@@ -86,7 +94,7 @@ def scale_figure(study: Study, fits: Mapping[tuple[str, str], Fit]) -> Figure:
     for axes, measure in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for i, series in enumerate(study.series):
             drawn = cells(series.rows, measure, study.scale)
-            _points(axes, drawn, i, _shift(i, len(study.series)))
+            _points(axes, drawn, i, _shift(study, i, len(study.series)))
             if (series.label, measure.column) in fits:
                 _curve(axes, fits[series.label, measure.column], i)
         axes.set_title(measure.label[:1].upper() + measure.label[1:])
@@ -104,7 +112,7 @@ def difference_figure(study: Study) -> Figure:
     for axes, measure in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         axes.axhline(0, color=INK, linewidth=1.0)
         for place, (i, series, base) in enumerate(compared):
-            _points(axes, paired(series, base, measure, study.scale), i, _shift(place, len(compared)), line=True)
+            _points(axes, paired(series, base, measure, study.scale), i, _shift(study, place, len(compared)), line=True)
         axes.set_title(f"{measure.label[:1].upper()}{measure.label[1:]}: {measure.better} is better")
         axes.set_ylabel(f"difference from {short(study.baseline, 24)}")
         _scale_axis(axes, study)
@@ -129,9 +137,9 @@ def heat_map_figure(study: Study) -> Figure:
         colours = "Blues" if measure.better == "higher" else "Oranges"
         axes.imshow(grid, aspect="auto", cmap=colours, vmin=low, vmax=low + (high - low) * 1.8 + 1e-9)
         for row, column in zip(*np.nonzero(np.isfinite(grid)), strict=True):
-            axes.text(column, row, f"{grid[row, column]:.3g}", ha="center", va="center", fontsize=8.5)
+            axes.text(column, row, f"{grid[row, column]:#.3g}".rstrip("."), ha="center", va="center", fontsize=8.5)
         axes.set_title(measure.label[:1].upper() + measure.label[1:])
-        axes.set_xticks(range(len(scales)), [tick(scale) for scale in scales])
+        axes.set_xticks(range(len(scales)), [size_text(scale) for scale in scales])
         axes.set_yticks(range(rows), [short(series.label, 30) for series in study.series])
         axes.set_xlabel(_scale_name(study.scale))
         axes.grid(visible=False)
@@ -147,7 +155,7 @@ def spectrum_figure(study: Study, spectra: Mapping[str, Floats]) -> Figure:
     Args:
         spectra: run -> s [D], falling.
     """
-    shown = [series for series in study.series if any(row["run"] in spectra for row in series.rows)][:3]
+    shown = [series for series in study.series if any(row["run"] in spectra for row in series.rows)][:4]
     figure = Figure(figsize=(9.6, 3.7))
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     scales = sorted({float(row[study.scale]) for row in study.rows})
@@ -168,7 +176,7 @@ def spectrum_figure(study: Study, spectra: Mapping[str, Floats]) -> Figure:
         compact_ticks(axes.yaxis)
     panels[0].set_ylabel("share of the first, s / s₁")
     handles = [Line2D([], [], color=shade, linewidth=3.0) for shade in shades]
-    names = [f"{SYMBOLS.get(study.scale, '')} = {tick(scale)}" for scale in scales]
+    names = [f"{SYMBOLS.get(study.scale, '')} = {size_text(scale)}" for scale in scales]
     figure.legend(handles, names, loc="outside upper left", ncols=min(len(scales), 6), handlelength=1.4)
     return figure
 
@@ -196,7 +204,9 @@ def _points(axes: Axes, found: Mapping[float, Sequence[float]], place: int, shif
     means: list[tuple[float, Interval]] = []
     for scale, values in found.items():
         x = scale * shift
-        axes.plot([x] * len(values), values, linestyle="none", marker=".", markersize=4, color=colour(place), alpha=0.45)
+        axes.plot(
+            [x] * len(values), values, linestyle="none", marker=".", markersize=4, color=colour(place), alpha=0.45
+        )
         if (interval := mean_interval(values)) is not None:
             means.append((x, interval))
     for x, interval in means:
@@ -207,9 +217,10 @@ def _points(axes: Axes, found: Mapping[float, Sequence[float]], place: int, shif
               markersize=5.5, markeredgecolor="white", markeredgewidth=0.7, zorder=4)  # fmt: skip
 
 
-def _shift(place: int, count: int) -> float:
+def _shift(study: Study, place: int, count: int) -> float:
     """A factor that keeps the markers of several series at one scale from covering each other."""
-    return float(1.035 ** (place - (count - 1) / 2))
+    scales = [float(row[study.scale]) for row in study.rows]
+    return float((max(scales) / min(scales)) ** (0.008 * (place - (count - 1) / 2)))
 
 
 def _scale_name(column: str) -> str:
@@ -227,7 +238,7 @@ def _scale_axis(axes: Axes, study: Study) -> None:
             apart.append(scale)
     axes.xaxis.set_major_locator(FixedLocator(apart))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
     axes.set_xlabel(_scale_name(study.scale))
     if not axes.dataLim.height and not len(axes.lines):
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=FAINT)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import base64
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from pretrain.errors import UserError
 from pretrain.files import make_folder, write_text
 from pretrain.report.figure_style import colour
-from pretrain.report.formatting import ABSENT, tick
+from pretrain.report.formatting import ABSENT, MINUS
 from pretrain.study.fit_forms import Floats
-from pretrain.study.fit_words import SCALES, SYMBOLS
+from pretrain.study.fit_words import SCALES, SYMBOLS, size_text
 from pretrain.study.fits import DRAWS, fit_measure
 from pretrain.study.study_cells import (
     ISOTROPY,
@@ -60,7 +61,9 @@ def report_study(folder: Path, title: str, question: str) -> Path:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path} ({error}): run `python -m pretrain study` again to write it anew") from error
+        raise UserError(
+            f"cannot read {path} ({error}): run `python -m pretrain study` again to write it anew"
+        ) from error
     return write_study_report(folder, title, question, table, runs=folder)
 
 
@@ -99,7 +102,9 @@ def write_study_report(
         data = picture.save(folder / "figures").read_bytes()
         shown.append({"caption": picture.caption, "data": base64.b64encode(data).decode("ascii")})
     tables = [cell_table(study), difference_table(study), fit_table(study, fits)]
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["raised"] = _raised
+    page = environment.from_string(PAGE)
     html = page.render(
         title=title,
         question=question,
@@ -135,9 +140,9 @@ def _pictures(study: Study, fits: Fits, spectra: dict[str, Floats]) -> list[Pict
     found = [
         Picture(
             "scale",
-            f"Measures against {scale}. Small dots: seeds; markers: their mean with its 95 % interval. Lines: the curve that "
-            "the data support, with its 95 % band (bootstrap over sizes and seeds); a level line where no change was found. "
-            "Dashed: past the largest size, only where a dependence was found.",
+            f"Measures against {scale}. Small dots: seeds; markers: their mean with its 95 % interval. Lines: the "
+            "curve that the data support, with its 95 % band (bootstrap over sizes and seeds); a level line where no "
+            "change was found. Dashed: past the largest size, only where a dependence was found.",
             scale_figure(study, fits),
         )
     ]
@@ -152,8 +157,8 @@ def _pictures(study: Study, fits: Fits, spectra: dict[str, Floats]) -> list[Pict
         found.append(Picture("heat_map", caption, heat_map_figure(study)))
     if spectra:
         caption = (
-            "Singular values of the output embedding over the first one, one line a run. A steep first step is one direction "
-            "that all rows share."
+            "Singular values of the output embedding over the first one, one line a run. A steep first step is one "
+            "direction that all rows share."
         )
         found.append(Picture("spectrum", caption, spectrum_figure(study, spectra)))
     return found
@@ -180,6 +185,11 @@ def _spectra(study: Study, runs: Path | None) -> dict[str, Floats]:
     return found
 
 
+def _raised(text: str) -> Markup:
+    """Escaped, and what follows a ^ as an exponent."""
+    return Markup(re.sub(rf"\^({MINUS}?[\d.]+)", r"<sup>\1</sup>", str(escape(text))))
+
+
 def _subtitle(study: Study) -> str:
     total, done = sum(study.states.values()), len(study.rows)
     sizes = len({row[study.scale] for row in study.rows})
@@ -198,7 +208,8 @@ def _grid(study: Study) -> list[tuple[str, str]]:
     found = [(f"axis {name.replace('_', ' ')}", ", ".join(map(str, values))) for name, values in study.axes.items()]
     for column, name in (*SCALES.items(), ("parameters", "parameters")):
         values = sorted({float(row[column]) for row in study.rows})
-        found.append((name, ", ".join(map(tick, values)) if len(values) <= 8 else f"{tick(values[0])} to {tick(values[-1])}"))
+        shown = [size_text(value) for value in values]
+        found.append((name, ", ".join(shown) if len(shown) <= 8 else f"{shown[0]} to {shown[-1]}"))
     found.append(("checkpoints", f"{len(study.checkpoints)} evaluated; the last of each run is what is shown here"))
     return found
 

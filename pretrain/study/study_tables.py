@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pretrain.report.formatting import ABSENT, tick
-from pretrain.study.fit_words import SYMBOLS, number, predicate
+from pretrain.report.formatting import ABSENT
+from pretrain.study.fit_words import SYMBOLS, decimals, in_decimals, number, over, predicate, size_text
 from pretrain.study.fits import Interval
 from pretrain.study.study_cells import (
     LOSS,
@@ -36,11 +36,12 @@ def cell_table(study: Study) -> Table:
         rows = []
         for scale, values in columns[LOSS].items():
             row = [_cell(measure, columns[measure].get(scale, [])) for measure in MEASURES]
-            rows.append({"head": tick(scale), "cells": [{"text": str(len(values)), "kind": ""}, *row]})
+            rows.append({"head": size_text(scale), "cells": [{"text": str(len(values)), "kind": ""}, *row]})
         groups.append({"label": series.label, "place": i, "rows": rows})
     return {
-        "caption": f"Means over seeds at each {SYMBOLS[study.scale]}, with their 95 % intervals (Student's t) below them.",
+        "caption": f"Means over seeds at each {SYMBOLS[study.scale]}, with half their 95 % intervals (Student's t).",
         "heads": [SYMBOLS[study.scale], "seeds", *(_head(measure) for measure in MEASURES)],
+        "words": False,
         "groups": groups,
     }
 
@@ -56,12 +57,13 @@ def difference_table(study: Study) -> Table | None:
         for scale in sorted({scale for found in columns.values() for scale in found}):
             row = [_difference_cell(measure, columns[measure].get(scale, [])) for measure in MEASURES]
             pairs = max(len(found.get(scale, [])) for found in columns.values())
-            rows.append({"head": tick(scale), "cells": [{"text": str(pairs), "kind": ""}, *row]})
+            rows.append({"head": size_text(scale), "cells": [{"text": str(pairs), "kind": ""}, *row]})
         groups.append({"label": f"{series.label} less {base.label}", "place": i, "rows": rows})
     return {
-        "caption": f"Differences from {study.baseline}, paired over seeds, with their 95 % intervals below them. Bold: the "
-        "interval leaves out zero; green is better, orange is worse.",
+        "caption": f"Differences from {study.baseline}, paired over seeds, with half their 95 % intervals. Bold: the "
+        "interval leaves out zero; green is better, orange worse.",
         "heads": [SYMBOLS[study.scale], "pairs", *(_head(measure) for measure in MEASURES)],
+        "words": False,
         "groups": groups,
     } if groups else None  # fmt: skip
 
@@ -75,7 +77,8 @@ def fit_table(study: Study, fits: Fits) -> Table:
             fit = fits[series.label, measure.column]
             errors = fit.held_out or {}
             words = predicate(fit, SYMBOLS[study.scale])
-            row = [{"text": words + ("*" if fit.scattered and fit.curves else ""), "kind": "words"}]
+            words = words.replace(f" over {over(fit)}", "") if fit.curves else words
+            row = [{"text": words + ("*" if fit.scattered else ""), "kind": "words"}]
             for name in HELD_OUT_NAMES:
                 shown = f"{number(errors[name].mean)} ({number(errors[name].largest)})" if name in errors else ABSENT
                 row.append({"text": shown, "kind": ""})
@@ -83,11 +86,12 @@ def fit_table(study: Study, fits: Fits) -> Table:
             rows.append({"head": measure.label, "cells": row})
         groups.append({"label": series.label, "place": i, "rows": rows})
     return {
-        "caption": "Fits. Errors: mean absolute error on a size that was left out, each in turn, and in brackets on the "
-        "largest alone, an extrapolation. A richer curve is taken only where it errs less by more than the standard error. "
-        "Failed: refits of the bootstrap that did not converge. *: the sizes lie off the curve by more than their seeds "
-        "explain (F test, p < 0.01).",
+        "caption": "Fits. Constant, logarithm, power law: mean absolute error on a size that was left out, each in "
+        "turn, and in brackets on the largest alone, an extrapolation. A richer curve is taken only where it errs less "
+        "by more than the standard error. Failed: refits of the bootstrap that did not converge. *: the sizes lie off "
+        "the curve by more than their seeds explain (F test, p < 0.01).",
         "heads": ["", f"with {SYMBOLS[study.scale]}", "constant", "logarithm", "power law", "failed"],
+        "words": True,
         "groups": groups,
     }
 
@@ -104,7 +108,10 @@ def cell_records(study: Study) -> list[dict[str, Any]]:
 def difference_records(study: Study) -> list[dict[str, Any]]:
     """Tidy: one row a compared series, scale and measure."""
     return [
-        {**_what(study, series, scale, measure), "base": base.label, "count": len(values), **_numbers(mean_interval(values))}
+        {
+            **_what(study, series, scale, measure), "base": base.label, "count": len(values),
+            **_numbers(mean_interval(values)),
+        }
         for series in study.series if (base := partner(study, series))
         for measure in MEASURES for scale, values in paired(series, base, measure, study.scale).items()
     ]  # fmt: skip
@@ -154,7 +161,13 @@ def _plain(value: Any) -> Any:
 def _what(study: Study, series: Series, scale: float, measure: StudyMeasure) -> dict[str, Any]:
     values = {f"axis.{name}": series.fixed.get(name) for name in _fixed_names(study.series)}
     kind = "ln " if measure.logarithm else ""
-    return {"series": series.label, "method": series.method, **values, study.scale: scale, "measure": kind + measure.column}
+    return {
+        "series": series.label,
+        "method": series.method,
+        **values,
+        study.scale: scale,
+        "measure": kind + measure.column,
+    }
 
 
 def _fixed_names(all_series: Iterable[Series]) -> list[str]:
@@ -169,7 +182,7 @@ def _numbers(interval: Interval | None) -> dict[str, float | None]:
 
 def _head(measure: StudyMeasure) -> str:
     arrow = {"lower": "↓", "higher": "↑"}[measure.better]
-    return f"{measure.label} {arrow}"
+    return f"{measure.label}\u00a0{arrow}"
 
 
 def _cell(measure: StudyMeasure, values: list[float]) -> dict[str, str]:
@@ -185,6 +198,7 @@ def _difference_cell(measure: StudyMeasure, values: list[float]) -> dict[str, st
     interval = mean_interval(values)
     if interval is None:
         return {"text": ABSENT, "kind": ""}
-    text, _, rest = signed_interval(interval).partition(" [")
-    found = way(measure, interval)
-    return {"text": text, "interval": f"[{rest}" if rest else "", "kind": f"claimed {found}" if found else ""}
+    found, finite = way(measure, interval), math.isfinite(interval.low)
+    half = f"±{in_decimals(interval.high - interval.value, decimals(interval))}" if finite else ""
+    text = signed_interval(interval).partition(" [")[0]
+    return {"text": text, "interval": half, "kind": f"claimed {found}" if found else ""}

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pretrain.report.formatting import tick
-from pretrain.study.fit_words import SYMBOLS, number, over, predicate, sentence
+from pretrain.study.fit_words import SYMBOLS, number, over, predicate, sentence, size_text, with_interval
 from pretrain.study.fits import DRAWS, Fit, Interval, fit_measure
 from pretrain.study.study_cells import (
     ISOTROPY,
@@ -27,8 +26,9 @@ TOLD = (ISOTROPY, MEAN_SHIFT, RARE_LOSS, LOSS)
 
 @dataclass(frozen=True)
 class Answer:
-    """Attributes: head: the answer in a few words; sentences: what it rests on."""
+    """Attributes: place: of its series; head: the answer in a few words; sentences: what it rests on."""
 
+    place: int
     head: str
     sentences: list[str]
 
@@ -37,11 +37,13 @@ def degeneration_answers(study: Study, fits: Fits) -> list[Answer]:
     """Does degeneration grow or fade with scale, for each series."""
     symbol = SYMBOLS[study.scale]
     found = []
-    for series in study.series:
+    for i, series in enumerate(study.series):
         shape = {measure: fits[series.label, measure.column] for measure in (ISOTROPY, MEAN_SHIFT)}
         head = f"{series.label}: {_grows_or_fades(shape, symbol)}"
         found.append(
-            Answer(head, [sentence(fits[series.label, measure.column], measure.label, study.scale) for measure in TOLD])
+            Answer(
+                i, head, [sentence(fits[series.label, measure.column], measure.label, study.scale) for measure in TOLD]
+            )
         )
     return found
 
@@ -71,7 +73,7 @@ def _grows_or_fades(fits: Mapping[StudyMeasure, Fit], symbol: str) -> str:
 def method_answers(study: Study, draws: int = DRAWS) -> list[Answer]:
     """What each method changes at each scale against the plain one: differences of runs with the same seed."""
     found = []
-    for series in study.series:
+    for i, series in enumerate(study.series):
         if (base := partner(study, series)) is None:
             continue
         sentences, ways = [], {}
@@ -81,7 +83,7 @@ def method_answers(study: Study, draws: int = DRAWS) -> list[Answer]:
             sentences.append(text)
             if measure is not MEAN_SHIFT and (trend := _trend(measure, differences, study, draws)):
                 sentences.append(trend)
-        found.append(Answer(f"{series.label} against {base.label}: {_summary(ways)}", sentences))
+        found.append(Answer(i, f"{series.label} against {base.label}: {_summary(ways)}", sentences))
     return found
 
 
@@ -94,10 +96,8 @@ def way(measure: StudyMeasure, interval: Interval) -> str:
 
 def signed_interval(interval: Interval) -> str:
     """+0.31 [0.28, 0.34]; a single seed has no interval."""
-    text = f"{'+' if interval.value > 0 else ''}{number(interval.value)}"
-    if not math.isfinite(interval.low):
-        return text
-    return f"{text} [{number(interval.low)}, {number(interval.high)}]"
+    text = number(interval.value) if not math.isfinite(interval.low) else with_interval(interval)
+    return f"{'+' if interval.value > 0 else ''}{text}"
 
 
 def _difference(measure: StudyMeasure, differences: Mapping[float, list[float]]) -> tuple[str, set[str]]:
@@ -107,7 +107,7 @@ def _difference(measure: StudyMeasure, differences: Mapping[float, list[float]])
     if not at:
         return f"{name}: no two runs with the same seed were measured.", set()
     ends = [min(at), max(at)] if len(at) > 1 else [*at]
-    shown = ", ".join(f"{signed_interval(at[scale])} at {tick(scale)}" for scale in ends)
+    shown = ", ".join(f"{signed_interval(at[scale])} at {size_text(scale)}" for scale in ends)
     if not any(math.isfinite(interval.low) for interval in at.values()):
         return f"{name}: {shown}; one seed each, so nothing is claimed.", set()
     ways = {scale: way(measure, interval) for scale, interval in at.items()}
@@ -133,10 +133,7 @@ def _trend(measure: StudyMeasure, differences: Mapping[float, list[float]], stud
     if not fit.depends or fit.change is None:
         return f"The difference in {measure.label} {predicate(fit, symbol)}."
     first, last = (sum(differences[scale]) / len(differences[scale]) for scale in (min(differences), max(differences)))
-    if first * last < 0:
-        what = "turns round"
-    else:
-        what = "widens" if abs(last) > abs(first) else "narrows"
+    what = "changes its sign" if first * last < 0 else "widens" if abs(last) > abs(first) else "narrows"
     return f"The difference in {measure.label} {what} with {symbol}: it {predicate(fit, symbol)}."
 
 
@@ -164,7 +161,9 @@ def caveats(study: Study) -> list[str]:
     if min(seeds) < 2:
         found.append("Some series have one seed: they have no intervals, and differences in them are not claimed.")
     elif min(seeds) < 5:
-        found.append(f"Intervals rest on {min(seeds)} seeds a size: they are wide, and right only if seeds are normal.")
+        found.append(
+            f"Intervals rest on {min(seeds)} seeds a size: they are wide, and hold for seeds that scatter normally."
+        )
     left = {state: count for state, count in study.states.items() if state != "done"}
     if left:
         listed = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
@@ -172,8 +171,8 @@ def caveats(study: Study) -> list[str]:
     others = [SYMBOLS[column] for column in study.varying_scales if column != study.scale]
     if others:
         found.append(
-            f"{_listed(others)} {'varies' if len(others) == 1 else 'vary'} along with {SYMBOLS[study.scale]} in this study: "
-            f"what is said to depend on {SYMBOLS[study.scale]} may as well depend on them."
+            f"{_listed(others)} {'varies' if len(others) == 1 else 'vary'} with {SYMBOLS[study.scale]} in this study: "
+            f"what is said to depend on {SYMBOLS[study.scale]} may depend on {'it' if len(others) == 1 else 'them'}."
         )
     if any(partner(study, series) for series in study.series):
         found.append("Each interval stands alone: of twenty differences that are nothing, one leaves its interval.")
