@@ -105,7 +105,7 @@ class Measure:
         if self.of_targets and not same_targets([method, first]):
             return ""
         if not self.by_ratio:
-            return signed(value - base)
+            return signed(value - base, self.show)
         return f"{TIMES}{value / base:.2f}" if base > 0 else ""
 
     def paired(self, method: Method, first: Method) -> Interval | None:

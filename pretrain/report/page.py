@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +57,9 @@ def write_report(run_folders: Sequence[Path], output: Path) -> list[Method]:
         save_png(figure.draw(methods), path)
         data = base64.b64encode(path.read_bytes()).decode("ascii")
         pictures.append({"data": data, "caption": figure.caption_of(methods), "wide": figure.wide})
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
-    html = page.render(**_content(methods), figures=pictures)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["unbroken"] = _unbroken
+    html = environment.from_string(PAGE).render(**_content(methods), figures=pictures)
     write_csv(methods, output)
     write_text(output, html)
     return methods
@@ -86,6 +88,11 @@ def _content(methods: Sequence[Method]) -> dict[str, Any]:
         "generated": how_generated(methods),
         "facts": facts(methods),
     }
+
+
+def _unbroken(text: str) -> str:
+    """No line ends inside the brackets of an interval."""
+    return re.sub(r"(\[[^][ ]+), ([^][ ]+\])", "\\1,\u00a0\\2", text)
 
 
 def _sliding(methods: Sequence[Method]) -> str:

@@ -33,7 +33,9 @@ STYLE = """
   caption strong, figcaption strong { color: var(--ink); }
   th, td { padding: .2rem .55rem; text-align: right; vertical-align: top; font-weight: 400; }
   th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
-  thead th { border-bottom: 1px solid var(--ink); overflow-wrap: anywhere; font-weight: 700; vertical-align: bottom; }
+  thead th { border-bottom: 1px solid var(--ink); font-weight: 700; vertical-align: bottom; }
+  thead th.method { overflow-wrap: anywhere; }
+  thead th.human { width: 4.4rem; }
   thead .seeds { display: block; font-weight: 400; font-size: .84em; color: var(--soft); }
   tr.section th { text-align: left; padding-top: .85rem; font-style: italic; }
   tbody.section + tbody.section tr.section th { border-top: 1px solid var(--line); }
@@ -87,11 +89,14 @@ STYLE = """
            print-color-adjust: exact; }
     p, ul { max-width: none; }
     h1 { font-size: 16pt; }
-    h2 { break-after: avoid; margin-top: 1.6rem; }
+    h2, h2 + p { break-after: avoid; }
+    h2 { margin-top: 1.6rem; }
+    h2.new-page { break-before: page; margin-top: 0; }
     h3, caption { break-after: avoid; }
     tr { break-inside: avoid; }
     tr.section { break-after: avoid; }
     thead { display: table-header-group; }
+    table.numbers { font-size: 8.2pt; }
     table.numbers th, table.numbers td { padding-left: .35rem; padding-right: .35rem; }
     .verdicts { grid-template-columns: 1fr 1fr; }
     .small-tables { grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); }

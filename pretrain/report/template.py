@@ -24,7 +24,8 @@ PAGE = """<!DOCTYPE html>
 {% for verdict in verdicts %}{% if verdict.claims %}<section class="verdict">
 <h3>{{ swatch(methods[verdict.place]) }}{{ verdict.heading }}</h3>
 <ul>{% for claim in verdict.claims %}
-<li class="{{ 'unclear' if claim.kind == 'not shown' else claim.kind }}">{{ claim.text }}</li>{% endfor %}</ul>
+<li class="{{ 'unclear' if claim.kind == 'not shown' else claim.kind }}">{{ claim.text | unbroken }}</li>
+{%- endfor %}</ul>
 </section>{% else %}<p>{{ verdict.text }}</p>{% endif %}
 {% endfor %}</div>
 {% if several and verdicts[0].claims %}<p class="soft">Square brackets: 95&nbsp;% intervals of the differences between
@@ -32,7 +33,7 @@ the same seeds of both methods (Student&rsquo;s t). + better, &minus; worse; whe
 is shown, which is not to say that there is none.</p>{% endif %}
 {% if caveats %}<ul class="soft">{% for caveat in caveats %}<li>{{ caveat }}</li>{% endfor %}</ul>{% endif %}
 
-<h2>Numbers</h2>
+<h2{% if several %} class="new-page"{% endif %}>Numbers</h2>
 {%- macro legend() %}
 ↓ lower is better, ↑ higher is better, → 0 nearer to zero is better, → human nearer to the human text is better.
 {% if methods|length > 1 %}The best of a row is bold.{% endif %}
@@ -48,9 +49,9 @@ what that text holds. {{ sliding }}
 {% if not by_method %}<div class="scroll">
 <table class="numbers{% if several %} stacked{% endif %}">
 <caption><strong>Table 1.</strong> {{ legend() }}</caption>
-<thead><tr><th></th>{% for method in methods %}<th{% if not loop.first %} class="changing"{% endif %}>
+<thead><tr><th></th>{% for method in methods %}<th class="method{% if not loop.first %} changing{% endif %}">
 {{ swatch(method) }}{{ method.name }}{% if several %}<span class="seeds">{{ method.seeds }}</span>{% endif %}</th>
-{%- endfor %}<th>human text</th></tr></thead>
+{%- endfor %}<th class="human">human text</th></tr></thead>
 {% for section in sections %}<tbody class="section">
 <tr class="section"><th colspan="{{ methods|length + 2 }}">{{ section.name }}</th></tr>
 {% for row in section.rows %}<tr><td>{{ row.label }}<span class="arrow">{{ row.arrow }}</span></td>
@@ -108,7 +109,7 @@ how often each occurs in training. At most {{ tokens[0].rows|length }} each; <co
 <h2>What was run</h2>
 <div class="scroll">
 <table class="facts">
-{% if methods|length <= 3 %}<thead><tr><th></th>{% for method in methods %}<th>
+{% if methods|length <= 3 %}<thead><tr><th></th>{% for method in methods %}<th class="method">
 {{ swatch(method) }}{{ method.name }}</th>{% endfor %}</tr></thead>{% endif %}
 <tbody>
 {% for fact in facts %}<tr><th>{{ fact.label }}</th>

@@ -142,7 +142,7 @@ def test_methods_of_seeds(tmp_path: Path) -> None:
     html = page_of(folders, tmp_path)
     page = Page(html)
     assert "6 runs of 2 methods" in page.text
-    assert "agg lowers rare-token perplexity by 64.8 % [63.8, 65.7]." in page.text
+    assert "agg lowers rare-token perplexity by 64.8 % [63.8,\u00a065.7]." in page.text
     assert 'class="worse">agg raises total perplexity' in html
     plain, gated, human = page.row("rare tokens↓")
     assert re.fullmatch(r"29\.\dK \[2\d\.\dK, 3\d\.\dK\]", plain)
