@@ -26,7 +26,7 @@ def study(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.overrides)
     folder = StudyFolder(study.folder)
     if options.report:
-        say(f"records: {write_records(folder.path)}")
+        _report(study)
         return 0
     request = _request(study, options) if options.slurm else None
     resources = _resources(options, request)
@@ -51,7 +51,17 @@ def _run(study: Study, plan: Sequence[PlannedRun], options: argparse.Namespace, 
         prepare_data(plan)
         if request is not None:
             return submit_study(study, plan, request, options.throttle)
-        return run_locally(study, plan, options.parallel_runs)
+        code = run_locally(study, plan, options.parallel_runs)
+    if code == 0:
+        _report(study)
+    return code
+
+
+def _report(study: Study) -> None:
+    from pretrain.study.study_report import report_study
+
+    records = write_records(study.folder)
+    say(f"records: {records}, report: {report_study(study.folder, study.name, study.question)}")
 
 
 def _check_options(options: argparse.Namespace) -> None:
