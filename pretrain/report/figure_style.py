@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -139,7 +140,7 @@ def compact_ticks(axis: Any) -> None:
 
 def is_empty(axes: Axes) -> bool:
     """Whether no line on it has a point."""
-    return not any(len(line.get_xdata()) for line in axes.lines)
+    return not any(np.size(line.get_xdata()) for line in axes.lines)
 
 
 def not_measured(axes: Axes, what: str) -> None:
