@@ -29,7 +29,7 @@ def test_a_study(runs):
         "output_root": str(runs.root / "studies"),
         "axes": {"objective": {"plain": {"objective.method": "mle"}, "agg": {"objective.method": "agg"}}},
     }
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
     options = ("--slurm", "--throttle", "1", "--gpus-per-node", "1", "--time", "30")
     said = runs.cluster.client("python", "-m", "pretrain", "study", str(file), *options)
     job = re.search(r"job (\d+), 2 run\(s\) of 2", said)[1]
