@@ -24,7 +24,6 @@ def study(options: argparse.Namespace) -> int:
     quiet_third_party()
     _check_options(options)
     study = load_study(options.study, options.overrides)
-    folder = StudyFolder(study.folder)
     if options.report:
         _report(study)
         return 0
