@@ -57,8 +57,11 @@ def test_run_folder(runs):
         assert ("rare_fraction" in records[-1]) == (method == "agg")
         evaluation = json.loads((runs / method / "evaluation.json").read_text())
         assert evaluation["method"] == method and evaluation["checkpoint_step"] == 6
-        for key in ("perplexity", "unique_tokens"):
-            assert set(evaluation[key]) == {"frequent", "medium", "rare", "total"}
+        for tree in (evaluation, evaluation["sliding_window"]):
+            for key in ("perplexity", "unique_tokens"):
+                assert set(tree[key]) == {"frequent", "medium", "rare", "total"}
+        assert evaluation["seed"] == 1234 and evaluation["input_embedding"] is None
+        assert 0 < evaluation["bits_per_byte"]["sliding_window"] < 8 and evaluation["generation"]["prompts"] > 0
         assert 0 < evaluation["isotropy"] <= 1 and evaluation["perplexity"]["total"] > 1
         config = json.loads((runs / method / "deepspeed.json").read_text())
         assert config["zero_optimization"]["stage"] == 1 and "auto" not in json.dumps(config)
