@@ -146,4 +146,4 @@ def test_the_quick_study(tmp_path):
     said, errors = process.communicate(timeout=1800)
     assert process.returncode == 0, said + errors
     rows = read_records(tmp_path / "quick").to_pylist()
-    assert len(rows) == 8 and {row["step"] for row in rows} == {300}
+    assert len(rows) == 8 and {row["step"] for row in rows} == {200}
