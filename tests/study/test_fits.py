@@ -81,7 +81,8 @@ def test_a_constant_is_flat_and_goes_nowhere() -> None:
     assert found.verdict == "flat"
     assert found.curves[0].at([1e6])[0] == pytest.approx(7)
     assert sentence(found, "isotropy", "flops") == (
-        "Isotropy does not change measurably with C over 200K to 51.2M (from the smallest to the largest 0.00 [0.00, 0.00])."
+        "Isotropy does not change measurably with C over 200K to 51.2M "
+        "(from the smallest to the largest 0.00 [0.00, 0.00])."
     )
     found.band(SIZES)
     with pytest.raises(ValueError, match="nothing can be said outside the range"):
