@@ -34,6 +34,7 @@ from pretrain.study.fit_forms import (
 Verdict = Literal["too few", "flat", "scattered", "log-linear", "power law", "cannot tell"]
 DRAWS = 200
 CONFIDENCE = 0.95
+BEND = 0.25  # a power law's slope falls by e^-BEND over the data, or it is a logarithm in all but name
 SCATTER = 0.01  # chance of a lack of fit as large as this, if the form were right
 
 
@@ -206,7 +207,7 @@ def fit_measure(x: Sequence[float], y: Sequence[float], *, draws: int = DRAWS, s
         chosen = [line]
     power = curves.get(POWER_LAW.name)
     if power is not None:
-        settled = power.exponent.low > EXPONENTS[0] * 1.01 and power.exponent.high < EXPONENTS[1] * 0.99
+        settled = power.exponent.low * np.log(xs.max() / xs.min()) > BEND and power.exponent.high < EXPONENTS[1] * 0.99
         beats = all(_better(held_out, form, POWER_LAW) for form in (CONSTANT, LOG_LINEAR))
         if settled and beats and _change(power, xs).excludes(0):
             chosen = [power]

@@ -103,7 +103,7 @@ def write_study_report(
         shown.append({"caption": picture.caption, "data": base64.b64encode(data).decode("ascii")})
     tables = [cell_table(study), difference_table(study), fit_table(study, fits)]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["raised"] = _raised
+    environment.filters["raised"] = raised
     page = environment.from_string(PAGE)
     html = page.render(
         title=title,
@@ -185,7 +185,7 @@ def _spectra(study: Study, runs: Path | None) -> dict[str, Floats]:
     return found
 
 
-def _raised(text: str) -> Markup:
+def raised(text: str) -> Markup:
     """Escaped, and what follows a ^ as an exponent."""
     return Markup(re.sub(rf"\^({MINUS}?[\d.]+)", r"<sup>\1</sup>", str(escape(text))))
 
@@ -208,7 +208,7 @@ def _grid(study: Study) -> list[tuple[str, str]]:
     found = [(f"axis {name.replace('_', ' ')}", ", ".join(map(str, values))) for name, values in study.axes.items()]
     for column, name in (*SCALES.items(), ("parameters", "parameters")):
         values = sorted({float(row[column]) for row in study.rows})
-        shown = [size_text(value) for value in values]
+        shown = [f"{value:,.0f}" if column == "vocab_size" else size_text(value) for value in values]
         found.append((name, ", ".join(shown) if len(shown) <= 8 else f"{shown[0]} to {shown[-1]}"))
     found.append(("checkpoints", f"{len(study.checkpoints)} evaluated; the last of each run is what is shown here"))
     return found

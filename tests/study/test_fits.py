@@ -89,6 +89,16 @@ def test_a_constant_is_flat_and_goes_nowhere() -> None:
         found.band([1e9])
 
 
+def test_seeds_are_drawn_too() -> None:
+    """Sizes with the same mean: drawing sizes alone would be certain that nothing changes."""
+    x = observed(SIZES[:3])
+    change = fit(x, np.tile([-1.0, 0.0, 1.0], 3)).change
+    assert change is not None
+    assert abs(change.value) < 1e-6
+    assert change.low < -0.5
+    assert change.high > 0.5
+
+
 def test_too_few_sizes_are_said_to_be() -> None:
     x = observed(SIZES[:2])
     found = fit(x, power_law(x, 0))
@@ -160,6 +170,18 @@ def test_extrapolation_widens_and_covers_what_cannot_be_told_apart() -> None:
     line_only = Fit("log-linear", found.x, found.y, 0, found.curves[:1])
     assert (line_only.band([100 * SIZES[3]])[2] < high[2]).all()  # the power law's flattening is in the band
     assert "the data cannot tell a power law from a logarithm" in sentence(found, "the loss", "flops")
+
+
+def test_a_power_law_is_claimed_only_where_its_exponent_is_settled() -> None:
+    """Data that bend, but so uncertainly that the interval of the exponent reaches down to a logarithm."""
+    x = observed(SIZES[:4])
+    claimed = 0
+    for seed in range(8):
+        found = fit(x, power_law(x, 0.08, seed))
+        if found.verdict == "power law":
+            claimed += 1
+            assert found.curves[0].exponent.low * np.log(SIZES[3] / SIZES[0]) > 0.25
+    assert 0 < claimed < 8
 
 
 def test_the_draws_are_fixed_by_their_seed() -> None:

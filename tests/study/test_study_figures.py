@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from matplotlib.figure import Figure
 
-from pretrain.report.figure_style import DOTS_PER_INCH, colour
+from pretrain.report.figure_style import DOTS_PER_INCH, INK, colour
 from pretrain.study.fits import Fit, fit_measure
 from pretrain.study.study_cells import ISOTROPY, LOSS, Study, observations, read_study
 from pretrain.study.study_figures import (
@@ -52,10 +52,13 @@ def fits_of(study: Study) -> dict[tuple[str, str], Fit]:
 
 
 def test_every_series_is_shown_in_its_colour(study: Study) -> None:
-    scales, differences = pixels(scale_figure(study, {})), pixels(difference_figure(study))
-    for i in range(4):
-        assert (share_of_colour(scales, colour(i)) > 1e-4) == (i < 3), i
-        assert (share_of_colour(differences, colour(i)) > 1e-4) == (i in (1, 2)), i  # plain is the zero line
+    scales, differences = scale_figure(study, {}), difference_figure(study)
+    assert (len(scales.axes), len(differences.axes)) == (4, 4)
+    for axes in scales.axes:
+        assert {line.get_color() for line in axes.lines} == {colour(0), colour(1), colour(2)}
+    for axes in differences.axes:
+        assert {line.get_color() for line in axes.lines} == {INK, colour(1), colour(2)}  # plain is the line at zero
+    assert share_of_colour(pixels(scales), colour(2)) > 1e-4
 
 
 def test_a_curve_leaves_the_data_only_where_a_dependence_was_found(study: Study) -> None:

@@ -18,7 +18,7 @@ from pretrain.errors import UserError
 from pretrain.report.formatting import MINUS
 from pretrain.study.fits import Interval
 from pretrain.study.study_cells import ISOTROPY, LOSS, RARE_LOSS, mean_interval, paired, partner, read_study
-from pretrain.study.study_report import report_study, write_study_report
+from pretrain.study.study_report import raised, report_study, write_study_report
 from pretrain.study.study_template import STYLE
 from pretrain.study.study_words import Answer, caveats, method_answers, way
 from tests.study.synthetic_records import EXPONENT, LIMIT, SIZES, study_records, write_spectra
@@ -210,6 +210,7 @@ def test_names_cannot_write_the_page(tmp_path: Path) -> None:
 
 def test_exponents_are_raised(written: Path) -> None:
     html = (written / "report.html").read_text(encoding="utf-8")
+    assert raised(f"<b> as N^{MINUS}0.21 [") == f"&lt;b&gt; as N<sup>{MINUS}0.21</sup> ["
     assert re.search(rf"falls as N<sup>{MINUS}0\.2\d*</sup> \[", html)
 
 
