@@ -16,7 +16,7 @@ from agg.sweep import sum_dtype
 
 
 def cosine_penalty(weight: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """CosReg: ``1 / V^2 sum_k sum_{j != k} u_k . u_j = (|sum_k u_k|^2 - V) / V^2`` (Gao et al. 2019, section 5).
+    """CosReg: ``1 / V^2 sum_k sum_{j != k} u_k . u_j = (|sum_k u_k|^2 - V) / V^2`` (Gao et al. 2019, arXiv 1907.12009).
 
     Args:
         weight: [V_local, D]. Rows that only pad take no part, rows of zeros have no direction.
@@ -31,7 +31,7 @@ def cosine_penalty(weight: torch.Tensor, shard: VocabShard) -> torch.Tensor:
 
 
 def mean_penalty(weight: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """mu-loss: ``|mu|^2`` with ``mu = 1 / V sum_k w_k`` (arXiv 2601.02031, section 4).
+    """mu-loss: ``|mu|^2`` with ``mu = 1 / V sum_k w_k`` (arXiv 2601.02031).
 
     Args:
         weight: [V_local, D]. Rows that only pad take no part.
