@@ -144,7 +144,7 @@ def start_long_run(runs, tmp_path):
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     metrics = tmp_path / "agg" / "metrics.jsonl"
-    for _ in range(600):
+    for _ in range(1200):
         if metrics.exists() and metrics.read_text().count("\n") > 3:
             return process, metrics
         time.sleep(0.1)
@@ -156,7 +156,7 @@ def start_long_run(runs, tmp_path):
 def test_no_rank_outlives_its_launcher(runs, tmp_path, number):
     process, metrics = start_long_run(runs, tmp_path)
     process.send_signal(number)
-    assert process.wait(30) != 0
+    assert process.wait(60) != 0
     time.sleep(1)
     before = metrics.stat().st_size
     time.sleep(2)
@@ -174,7 +174,7 @@ def test_two_trainings_in_one_folder(runs, tmp_path):
         assert process.poll() is None
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 def test_mended_recipe_may_use_the_folder(runs, tmp_path):
