@@ -1,9 +1,9 @@
 """The page of a study as a Jinja template, in the look of the reports of runs. Everything in braces is escaped."""
 
-from pretrain.report.template import PAGE as RUN_PAGE
+from pretrain.report.page_style import STYLE as RUN_STYLE
 
 STYLE = (
-    RUN_PAGE.partition("<style>")[2].partition("</style>")[0]
+    RUN_STYLE
     + """
   .question { font-size: 1.12rem; max-width: 75ch; margin: .9rem 0 0; padding-left: .9rem;
               border-left: 3px solid var(--ink); }

@@ -19,7 +19,6 @@ from pretrain.report.formatting import MINUS
 from pretrain.study.fits import Interval
 from pretrain.study.study_cells import ISOTROPY, LOSS, RARE_LOSS, mean_interval, paired, partner, read_study
 from pretrain.study.study_report import raised, report_study, write_study_report
-from pretrain.study.study_template import STYLE
 from pretrain.study.study_words import Answer, caveats, method_answers, way
 from tests.study.synthetic_records import EXPONENT, LIMIT, SIZES, study_records, write_spectra
 
@@ -74,8 +73,9 @@ def test_the_page_answers_the_question(written: Path) -> None:
 def test_the_page_needs_nothing_else(written: Path) -> None:
     html = (written / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link", re.sub(r"base64,[^\"]*", "", html))
-    assert "--ink" in STYLE  # the look of the reports of runs
-    assert "@media print" in STYLE
+    assert "{{" not in html
+    for rule in ("--ink:", "@media print", ".question {"):  # the look of the reports of runs, and of this page
+        assert rule in html, rule
     images = [base64.b64decode(data) for data in re.findall(r"image/png;base64,([^\"]*)", html)]
     names = ["scale", "differences", "spectrum"]
     assert images == [(written / "figures" / f"{name}.png").read_bytes() for name in names]
