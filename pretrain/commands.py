@@ -123,15 +123,19 @@ def evaluate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
     if not folder.recipe_file.exists() and (options.folder / "config.json").exists():
         return _evaluate_huggingface(options)
-    if options.data or options.output or options.overrides:
+    others = [given for given in options.overrides if not given.startswith("reporting.word_similarity=")]
+    if options.data or options.output or others:
         raise UserError(
             "--data, --output and key=value are for a Hugging Face folder, with its config.json; "
-            f"{options.folder} is none: what a run is measured on is in its recipe"
+            f"{options.folder} is none: a run is measured on its own data, and only reporting.word_similarity=[...] "
+            "may be given"
         )
-    saved = folder.saved_recipe()
+    saved = load_recipe(str(folder.recipe_file), options.overrides) if options.overrides else folder.saved_recipe()
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
     recipe = _on_layout_of(checkpoint, saved)
-    if folder.is_evaluated(checkpoint, recipe):
+    from pretrain.evaluation.evaluation_file import is_evaluated
+
+    if is_evaluated(folder, checkpoint, recipe):
         say(f"{recipe.name}: {checkpoint.name} is evaluated already")
         return 0
     choose_device(recipe)
@@ -139,7 +143,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if place_from_environment() is None:
         _check_evaluation(recipe)
         if recipe.local_world_size > 1:
-            return _run_ranks(["evaluate", str(options.folder), *_checkpoint_option(options)], recipe, folder)
+            arguments = ["evaluate", str(options.folder), *options.overrides, *_checkpoint_option(options)]
+            return _run_ranks(arguments, recipe, folder)
     from pretrain.evaluation.evaluate import evaluate_run
 
     with _connected(recipe) as topology:
@@ -231,11 +236,11 @@ def _check_evaluation(recipe: Recipe) -> None:
         return
     from pretrain.data.prepare import TOKENIZER_NAME
     from pretrain.data.tokenizer import Tokenizer
-    from pretrain.evaluation.word_similarity import read_encoded
+    from pretrain.evaluation.word_similarity import read_encoded, words_in_text
 
     tokenizer = Tokenizer.load(Path(recipe.data.folder) / TOKENIZER_NAME)
     for name in recipe.reporting.word_similarity:
-        read_encoded(Path(name), tokenizer.encode)
+        read_encoded(Path(name), words_in_text(tokenizer))
 
 
 def _set_aside(options: argparse.Namespace, folder: RunFolder) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.checkpointing.folder import checkpoint_name, checkpoints_in, choose_checkpoint, problems_of, step_of
+from pretrain.checkpointing.folder import checkpoints_in, choose_checkpoint, problems_of, step_of
 from pretrain.errors import DamagedCheckpoint, UserError
 from pretrain.files import make_folder, sync_folder, write_text
 from pretrain.recipe import Recipe
@@ -24,7 +24,7 @@ LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a 
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
 NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "state.json", "aside", "resharding")
 
-EVALUATION_FORMAT = 2
+EVALUATION_FORMAT = 3
 
 
 class RunFolder:
@@ -152,17 +152,6 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         return aside
-
-    def is_evaluated(self, checkpoint: Path, recipe: Recipe) -> bool:
-        """Whether its evaluation is there, of this version and with all word similarity sets."""
-        file, arrays = self.evaluation_files(checkpoint)
-        try:
-            evaluation = json.loads(file.read_text(encoding="utf-8"))
-            same = checkpoint_name(evaluation["checkpoint_step"]) == checkpoint.name
-            same &= set(evaluation["word_similarity"]) == {Path(name).stem for name in recipe.reporting.word_similarity}
-            return bool(same and evaluation["format"] == EVALUATION_FORMAT and arrays.exists())
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     def evaluation_files(self, checkpoint: Path) -> tuple[Path, Path]:
         """Numbers and arrays: ``evaluation.*`` of the newest checkpoint, ``evaluations/step_*`` of an older one."""

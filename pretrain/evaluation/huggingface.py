@@ -28,7 +28,7 @@ from pretrain.errors import UserError
 from pretrain.evaluation.evaluate import SPLIT, versions, write_evaluation
 from pretrain.evaluation.measures import measure
 from pretrain.evaluation.subject import Embedding, Subject
-from pretrain.evaluation.word_similarity import read_encoded
+from pretrain.evaluation.word_similarity import read_encoded, words_in_text
 from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
 
@@ -49,7 +49,7 @@ def evaluate_huggingface(folder: Path, recipe: Recipe, output: Path) -> None:
     tokens = HuggingFaceTokens(folder)
     files = [Path(name) for name in recipe.reporting.word_similarity]
     for path in files:
-        read_encoded(path, tokens.encode)
+        read_encoded(path, words_in_text(tokens))
     on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     model = HuggingFaceModel(folder, tokens.vocab_size, dtype, torch.device("cuda" if on_gpu else "cpu"))
@@ -105,6 +105,7 @@ class HuggingFaceTokens:
         except Exception as error:  # each kind of tokenizer has its own
             raise UserError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
         self.vocab_size = len(self._tokenizer)
+        self.unk_id: int | None = self._tokenizer.unk_token_id
         if not self.encode("a"):
             raise UserError(f"{folder} has no tokenizer: put the files there that AutoTokenizer loads")
         if self._tokenizer.eos_token_id is None:

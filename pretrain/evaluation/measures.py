@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pretrain.console import say
 from pretrain.evaluation.frequency_groups import GroupedPerplexity
 from pretrain.evaluation.generation import measure_generation
 from pretrain.evaluation.geometry import (
@@ -24,7 +25,7 @@ from pretrain.evaluation.geometry import (
 from pretrain.evaluation.perplexity import sliding_stride
 from pretrain.evaluation.subject import Embedding, Subject
 from pretrain.evaluation.under_trained import under_trained_tokens
-from pretrain.evaluation.word_similarity import word_similarity
+from pretrain.evaluation.word_similarity import word_similarity, words_in_text
 
 COSINE_BINS = 200
 Arrays = dict[str, npt.NDArray[Any]]
@@ -33,6 +34,11 @@ Arrays = dict[str, npt.NDArray[Any]]
 @torch.no_grad()
 def measure(subject: Subject, similarity_files: Sequence[Path]) -> tuple[dict[str, Any], Arrays]:
     """The measures and the arrays; a collective, the same on all ranks."""
+    if subject.show and subject.text.total <= subject.window:
+        say(
+            f"warning: {subject.text.name} has {subject.text.total:,} tokens, less than one window of "
+            f"{subject.window:,} and the token after it: what follows rests on a part of a window"
+        )
     with subject.model.output_embedding() as embedding:
         output, arrays = embedding_measures(subject, embedding, similarity_files), _arrays(subject, embedding)
     inputs = subject.model.input_embedding()
@@ -74,7 +80,7 @@ def embedding_measures(subject: Subject, embedding: Embedding, similarity_files:
     return {
         **dataclasses.asdict(measure_geometry(weight, shard)),
         "seen_rows": dataclasses.asdict(measure_geometry(weight, shard, seen.to(weight.device))),
-        "word_similarity": word_similarity(similarity_files, subject.codec.encode, weight, shard, counts),
+        "word_similarity": word_similarity(similarity_files, words_in_text(subject.codec), weight, shard, counts),
         "under_trained_tokens": under_trained_tokens(embedding, counts, subject.codec),
     }
 

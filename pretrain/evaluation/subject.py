@@ -50,6 +50,10 @@ class LanguageModel(Protocol):
 class Codec(Protocol):
     """Text and ids."""
 
+    @property
+    def unk_id(self) -> int | None:
+        """What stands for text that the vocabulary cannot write; None or -1: there is none."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
 

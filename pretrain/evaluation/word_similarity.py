@@ -18,9 +18,12 @@ from scipy.stats import rankdata, spearmanr
 from agg import VocabShard
 from pretrain.errors import UserError
 from pretrain.evaluation.geometry import lookup_rows
+from pretrain.evaluation.subject import Codec
+from pretrain.files import file_sha256
 
 Encode = Callable[[str], list[int]]
 DRAWS, SEED = 1_000, 0  # of the bootstrap
+FEWEST_PAIRS = 10  # that an interval is given for: draws of fewer are hardly different
 CONFIDENCE = (2.5, 97.5)  # percentiles
 
 
@@ -34,33 +37,64 @@ class WordPair:
 class Similarity(TypedDict):
     """What one file gives.
 
-    spearman: in [-1, 1], None where it is undefined because all cosines or all scores are equal.
+    spearman: in [-1, 1], None where it is undefined because all cosines are equal.
     interval: 95 % of what other pairs of the same kind would give, see :func:`bootstrap_interval`; None without
         spearman.
     coverage: share of the pairs of which every sub-token occurs in the training data, None without counts.
+    whole_words: share of the words that are one token.
+    sha256: of the file.
     """
 
     spearman: float | None
     interval: list[float] | None
     pairs: int
     coverage: float | None
+    whole_words: float
+    sha256: str
+
+
+def words_in_text(codec: Codec) -> Encode:
+    """A word to its ids inside a sentence, where most tokenizers put the blank before it into its first token.
+
+    A blank that is a token of its own is not the word's. No ids for a word of which a part is unknown.
+    """
+    before, with_blank = codec.encode("a"), codec.encode("a ")
+    blank = with_blank[len(before) :] if with_blank[: len(before)] == before else []
+
+    def encode(word: str) -> list[int]:
+        ids = codec.encode(f"a {word}")
+        found = ids[len(before) :] if ids[: len(before)] == before else codec.encode(word)
+        if blank and found[: len(blank)] == blank:
+            found = found[len(blank) :]
+        return [] if codec.unk_id in found else found
+
+    return encode
 
 
 def read_word_pairs(path: Path) -> list[WordPair]:
     """The pairs of a file; empty lines are skipped.
 
     Raises:
-        UserError: no such file, not UTF-8, a line that is not a pair (named by file and line), or fewer than two pairs.
+        UserError: no such file, not UTF-8, a line that is not a pair (named by file and line), fewer than two pairs, or
+            the same score for all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the word pairs of {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read the word pairs of {path}: {error.strerror}: name files that are there in "
+            "reporting.word_similarity"
+        ) from error
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line} is not UTF-8: {error.reason}: convert the file to UTF-8") from error
     pairs = [_read_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if len(pairs) < 2:
-        raise UserError(f"{path} holds {len(pairs)} word pairs, a correlation needs two")
+        raise UserError(f"{path} holds {len(pairs)} word pairs, a correlation needs two: take another file")
+    if len({pair.score for pair in pairs}) == 1:
+        raise UserError(f"{path}: all scores are {pairs[0].score}, a correlation needs different ones")
     return pairs
 
 
@@ -68,14 +102,14 @@ def read_encoded(path: Path, encode: Encode) -> tuple[list[WordPair], dict[str, 
     """The pairs of a file, and the ids of each word.
 
     Raises:
-        UserError: as :func:`read_word_pairs`, or a word without any token.
+        UserError: as :func:`read_word_pairs`, or a word without any token or with an unknown one.
     """
     pairs = read_word_pairs(path)
     tokens = {word: encode(word) for pair in pairs for word in (pair.first, pair.second)}
     without = [word for word, ids in tokens.items() if not ids]
     if without:
         raise UserError(
-            f"{path}: the tokenizer gives no token for {', '.join(map(repr, without[:5]))}"
+            f"{path}: the tokenizer gives no token, or the unknown one, for {', '.join(map(repr, without[:5]))}"
             f"{' ...' if len(without) > 5 else ''}: take the pairs with such words out"
         )
     return pairs, tokens
@@ -84,8 +118,10 @@ def read_encoded(path: Path, encode: Encode) -> tuple[list[WordPair], dict[str, 
 def bootstrap_interval(first: Sequence[float], second: Sequence[float]) -> list[float] | None:
     """Percentile interval of Spearman's correlation of two columns: rows are drawn with replacement, as many as there
     are, 1,000 times, always the same ones (Efron 1979). Draws in which one column is constant have none, and do not
-    count; None if no draw has.
+    count; None if no draw has, and below :data:`FEWEST_PAIRS`.
     """
+    if len(first) < FEWEST_PAIRS:
+        return None
     columns = np.array([first, second])
     places = np.random.default_rng(SEED).integers(len(first), size=(DRAWS, len(first)))
     with np.errstate(invalid="ignore"):
@@ -145,7 +181,7 @@ def _one_file(
     second = torch.stack([vectors[pair.second] for pair in pairs])
     cosines = torch.nn.functional.cosine_similarity(first, second, dim=1).tolist()
     scores = [pair.score for pair in pairs]
-    defined = len(set(cosines)) > 1 and len(set(scores)) > 1
+    defined = len(set(cosines)) > 1
     coverage = None
     if token_counts is not None:
         seen = {word: bool((token_counts[torch.tensor(ids)] > 0).all()) for word, ids in tokens.items()}
@@ -155,6 +191,8 @@ def _one_file(
         interval=bootstrap_interval(cosines, scores) if defined else None,
         pairs=len(pairs),
         coverage=coverage,
+        whole_words=sum(len(ids) == 1 for ids in tokens.values()) / len(tokens),
+        sha256=file_sha256(path),
     )
 
 

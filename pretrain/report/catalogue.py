@@ -98,7 +98,7 @@ def _generation() -> list[Measure]:
     parts = (
         ("repetition_4", "repeated 4-grams", fixed), ("distinct_1", "distinct tokens, share", fixed),
         ("distinct_2", "distinct 2-grams, share", fixed), ("distinct_3", "distinct 3-grams, share", fixed),
-        ("rare_share", "rare tokens, %", as_percent),
+        ("rare_share", "rare tokens", lambda share: f"{as_percent(share)} %"),
     )  # fmt: skip
     return [
         Measure(section, label, ("generation", mode, key), "near human", show, human=("generation", "human", key),

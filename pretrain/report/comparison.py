@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.catalogue import main_measures
 from pretrain.report.formatting import absent, compact, fixed, percents
 from pretrain.report.intervals import Interval
 from pretrain.report.measures import Measure, same_targets
 from pretrain.report.methods import Method, repeated_seeds
-from pretrain.report.run_records import look_up
 
 HARDLY = 0.01  # relative change below which a number of single runs is said to have hardly changed
 ONE_SEED = "one seed: no interval, so no claim"
@@ -70,6 +70,12 @@ def caveats(methods: Sequence[Method]) -> list[str]:
             "Tokens per second are the medians of runs made one after another: what else the machine did is in them, "
             "so they do not tell which method is faster."
         )
+    found += [
+        f"{record.name} was measured on {targets:,} tokens, less than one window of {window:,}: too few to compare by."
+        for record in records
+        if (targets := look_up(record.evaluation, ("target_tokens", "total")) or 0)
+        < (window := look_up(record.evaluation, ("sliding_window", "window")) or 0)
+    ]
     if len(methods) > 1 and all(len(method.records) == 1 for method in methods):
         found.append("Each column is one run with one seed; a difference of a percent can be chance.")
     return found + _many_comparisons(methods)
@@ -115,15 +121,18 @@ def _claim(row: Measure, found: Interval | None, method: Method, first: Method) 
     by, low, high = percents(*ends) if row.by_log else [row.text_of(end) for end in ends]
     unit = " %" if row.by_log else ""
     text = f"{method.name} {'lowers' if lower else 'raises'} {row.in_words} by {by}{unit} [{low}, {high}]."
-    return Claim(text, _which_way(row, method, first))
+    return Claim(text, _which_way(row, found, method, first))
 
 
-def _which_way(row: Measure, method: Method, first: Method) -> Literal["better", "worse", "changed"]:
-    """By the means; through zero, where nearer to it is better, the difference alone does not tell."""
-    value, base = row.value(method), row.value(first)
-    if value is None or base is None or (row.better == "near zero" and value * base < 0):
+def _which_way(row: Measure, found: Interval, method: Method, first: Method) -> Literal["better", "worse", "changed"]:
+    """By the seeds in common, as the claim is; through zero, where nearer to it is better, the sign does not tell."""
+    if row.better in ("lower", "higher"):
+        return "better" if (found.mean > 0) == (row.better == "higher") else "worse"
+    values, bases = zip(*row.pairs(method, first), strict=True)
+    value, base = sum(values) / len(values), sum(bases) / len(bases)
+    if row.better != "near zero" or value * base < 0:
         return "changed"
-    return "better" if row.cost(value) < row.cost(base) else "worse"
+    return "better" if abs(value) < abs(base) else "worse"
 
 
 def _as_measured(method: Method, first: Method, rows: Sequence[Measure], why: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.formatting import ABSENT, TIMES, absent, compact, duration, grouped
 from pretrain.report.methods import Method, settings_that_differ
-from pretrain.report.run_records import RunRecord, look_up
+from pretrain.report.run_records import RunRecord
 
 
 @dataclass(frozen=True)

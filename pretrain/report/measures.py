@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.formatting import (
     TIMES,
     absent,
@@ -16,7 +17,7 @@ from pretrain.report.formatting import (
 )
 from pretrain.report.intervals import Interval, paired_difference, paired_percent, t_interval
 from pretrain.report.methods import Method
-from pretrain.report.run_records import RunRecord, look_up
+from pretrain.report.run_records import RunRecord
 
 Better = Literal["lower", "higher", "near zero", "near human"]
 ARROWS = {"lower": "↓", "higher": "↑", "near zero": "→ 0", "near human": "→ human", None: ""}
@@ -109,25 +110,29 @@ class Measure:
         return f"{TIMES}{value / base:.2f}" if base > 0 else ""
 
     def paired(self, method: Method, first: Method) -> Interval | None:
-        """``method`` minus ``first`` over the seeds that both have, in percent if ``by_log``; None without a pair.
+        """``method`` minus ``first`` over :meth:`pairs`, in percent if ``by_log``; None without a pair."""
+        pairs = self.pairs(method, first)
+        if not pairs:
+            return None
+        values, others = zip(*pairs, strict=True)
+        return (paired_percent if self.by_log else paired_difference)(values, others)
+
+    def pairs(self, method: Method, first: Method) -> list[tuple[float, float]]:
+        """The numbers of both at the seeds that both have.
 
         Runs without a seed, and single runs of different seeds, are no pair.
         """
         if self.of_targets and not same_targets([method, first]):
-            return None
+            return []
         bases: dict[int | None, float | None] = {
             record.seed: self.of_run(record) for record in first.records if record.seed is not None
         }
-        pairs = [
+        return [
             (value, base)
             for record in method.records
             if (value := self.of_run(record)) is not None and (base := bases.get(record.seed)) is not None
             and math.isfinite(value) and math.isfinite(base) and (not self.by_log or min(value, base) > 0)
         ]  # fmt: skip
-        if not pairs:
-            return None
-        values, others = zip(*pairs, strict=True)
-        return (paired_percent if self.by_log else paired_difference)(values, others)
 
     def paired_text(self, found: Interval) -> str:
         """+0.012 [0.010, 0.014] or +41 % [35, 47]; the interval only where there is one."""

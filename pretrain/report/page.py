@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pretrain.errors import UserError
+from pretrain.evaluation.evaluation_file import look_up
 from pretrain.files import write_text
 from pretrain.report.comparison import caveats, verdicts
 from pretrain.report.facts import facts
@@ -21,7 +22,7 @@ from pretrain.report.formatting import grouped
 from pretrain.report.methods import Method, group_runs
 from pretrain.report.page_style import STYLE
 from pretrain.report.records_csv import write_csv
-from pretrain.report.run_records import look_up, read_runs
+from pretrain.report.run_records import read_runs
 from pretrain.report.samples import examples, how_generated, under_trained
 from pretrain.report.table import sections
 from pretrain.report.template import PAGE

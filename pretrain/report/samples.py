@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.formatting import absent, fixed, grouped, negative
 from pretrain.report.methods import Method
-from pretrain.report.run_records import look_up
 
 MOST_TOKENS = 10  # of a table; evaluation.json has more
 REFERENCES = {"never_seen": "ids that never occur in training", "least_seen": "ids that occur least in training"}

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.catalogue import measures
 from pretrain.report.figure_style import short
 from pretrain.report.measures import Measure, uneven
 from pretrain.report.methods import Method
-from pretrain.report.run_records import look_up
 
 TERMINAL_WIDTH = 100
 TERMINAL_ROWS = (

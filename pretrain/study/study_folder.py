@@ -23,6 +23,7 @@ from pretrain.cluster.job_script import ROOT
 from pretrain.cluster.run_records import read_run
 from pretrain.commands import is_done
 from pretrain.errors import UserError
+from pretrain.evaluation.evaluation_file import is_evaluated
 from pretrain.files import make_folder, write_json, write_text
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_to_dict
@@ -146,7 +147,7 @@ def unevaluated(run: RunFolder, recipe: Recipe, evaluate: str) -> list[int]:
     """
     there = checkpoints_in(run.checkpoints)
     wanted = there if evaluate == "all" else there[:1]
-    return [step_of(path) for path in reversed(wanted) if not run.is_evaluated(path, recipe)]
+    return [step_of(path) for path in reversed(wanted) if not is_evaluated(run, path, recipe)]
 
 
 def is_finished(run: RunFolder, recipe: Recipe, evaluate: str) -> bool:

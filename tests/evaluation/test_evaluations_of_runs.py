@@ -33,7 +33,7 @@ def test_the_newest_checkpoint_and_older_ones(run, capfd):
     older = json.loads((run.path / "evaluations" / "step_00000003.json").read_text())
     newest = json.loads(run.evaluation_file.read_text())
     assert (older["checkpoint_step"], newest["checkpoint_step"]) == (3, 6)
-    assert older["format"] == newest["format"] == EVALUATION_FORMAT == 2
+    assert older["format"] == newest["format"] == EVALUATION_FORMAT == 3
     assert older["seed"] == 1234 and older["isotropy"] != newest["isotropy"]
     assert 0 < older["training"]["seconds"] < newest["training"]["seconds"]
     assert (run.path / "evaluations" / "step_00000003.npz").exists() and run.evaluation_arrays.exists()
@@ -52,6 +52,36 @@ def test_an_evaluation_of_an_older_version_is_made_again(run, capfd):
     assert json.loads(run.evaluation_file.read_text())["perplexity"] == tree["perplexity"]
 
 
+@pytest.mark.parametrize("file", ["evaluation_file", "evaluation_arrays"])
+def test_the_way_out_of_a_damaged_evaluation(run, tmp_path, capfd, file):
+    """What ``report`` says to run mends it."""
+    assert main(["evaluate", str(run.path)]) == 0
+    path, page = getattr(run, file), ["report", str(run.path), "--output", str(tmp_path / "page.html")]
+    whole = run.evaluation_file.read_text()
+    tree = json.loads(whole)
+    tree["perplexity"]["total"] = "x"
+    path.write_text(json.dumps(tree) if file == "evaluation_file" else "torn")
+    capfd.readouterr()
+    assert main(page) == 2
+    assert f"run `python -m pretrain evaluate {run.path}` again" in capfd.readouterr().err
+    assert main(["evaluate", str(run.path)]) == 0
+    assert main(page) == 0
+    assert json.loads(run.evaluation_file.read_text())["perplexity"] == json.loads(whole)["perplexity"]
+
+
+def test_word_pairs_may_be_given_later_and_corrected(run, tmp_path, capfd):
+    pairs = tmp_path / "pairs.tsv"
+    given = [str(run.path), f"reporting.word_similarity=[{pairs}]"]
+    for scores in ((3, 1, 2), (1, 2, 3)):
+        pairs.write_text("a\tb\t{}\nb\tc\t{}\na\tc\t{}\n".format(*scores))
+        assert main(["evaluate", *given]) == 0
+        found = json.loads(run.evaluation_file.read_text())["word_similarity"]["pairs"]
+        assert found["pairs"] == 3 and "evaluated already" not in capfd.readouterr().out
+        assert main(["evaluate", *given]) == 0
+        assert "evaluated already" in capfd.readouterr().out
+    assert "only reporting.word_similarity" in refused(capfd, run.path, "seed=3")
+
+
 def test_what_cannot_be_evaluated(run, tmp_path, capfd):
     assert "has no checkpoint of step 5; there are: 3, 6" in refused(capfd, run.path, "--checkpoint", 5)
     empty = RunFolder(tmp_path)
@@ -66,14 +96,17 @@ def test_what_cannot_be_evaluated(run, tmp_path, capfd):
         ("sun\tmoon\t3\nsun\tstar\tfar\n", "pairs.tsv:2: the score 'far' is not a number"),
         ("sun\tmoon\t3\n", "holds 1 word pairs"),
         (None, "cannot read the word pairs"),
-        ("sun\tmoon\t3\nsun\tQQQ\t1\nQQ\tmoon\t2\n", "gives no token for 'QQQ', 'QQ': take the pairs"),
+        (
+            "sun\tmoon\t3\nsun\tQQQ\t1\nQQ\tmoon\t2\n",
+            "or the unknown one, for 'QQQ', 'QQ': take the pairs",
+        ),
     ],
 )
 def test_bad_word_pairs_are_refused_before_anything_is_computed(run, tmp_path, capfd, monkeypatch, content, part):
     from pretrain.data.tokenizer import Tokenizer
 
     real = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [] if text.startswith("QQ") else real(self, text))
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [] if "QQ" in text else real(self, text))
     pairs = tmp_path / "pairs.tsv"
     if content is not None:
         pairs.write_text(content)

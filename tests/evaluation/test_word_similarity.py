@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,16 @@ from agg import VocabShard
 from pretrain.errors import UserError
 from pretrain.evaluation.word_similarity import (
     DRAWS,
+    FEWEST_PAIRS,
     SEED,
     Similarity,
     WordPair,
     bootstrap_interval,
     read_word_pairs,
     word_similarity,
+    words_in_text,
 )
+from pretrain.files import file_sha256
 from tests.distributed import run_ranks
 
 VOCAB, WIDTH = 507, 16
@@ -66,6 +71,8 @@ def test_equals_the_definition_on_every_layout(world_size: int, tmp_path: Path) 
         "interval": pytest.approx(bootstrap_interval(cosines, scores)),
         "pairs": 15,
         "coverage": 10 / 15,
+        "whole_words": 1 / 6,
+        "sha256": file_sha256(path),
     }
     assert abs(spearmanr(cosines, scores).statistic) > 0.02
     assert run_ranks(measure, world_size, path) == [{"MEN": expected}] * world_size
@@ -76,9 +83,33 @@ def test_words_that_people_find_alike_and_vectors_that_are(tmp_path: Path) -> No
     path.write_text("a\tb\t9\na\tc\t5\na\td\t1\n", encoding="utf-8")
     weight = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 1.0], [-1.0, 0.3]])
     found = word_similarity([path], lambda word: ["abcd".index(word)], weight, VocabShard(0, 4, 4))
-    assert found == {
-        "three": {"spearman": pytest.approx(1.0), "interval": pytest.approx([1.0, 1.0]), "pairs": 3, "coverage": None}
-    }
+    assert found["three"]["spearman"] == pytest.approx(1.0)
+    assert (found["three"]["interval"], found["three"]["coverage"], found["three"]["whole_words"]) == (None, None, 1.0)
+
+
+class Pieces:
+    """Blanks join the letter after them, unless ``apart``; U+2581 for a blank, and "?" is unknown."""
+
+    def __init__(self, *, apart: bool = False, dummy: bool = False) -> None:
+        self.unk_id, self._apart, self._dummy = 0, apart, dummy
+
+    def encode(self, text: str) -> list[int]:
+        text = (" " + text if self._dummy else text).replace(" ", "\u2581")
+        pieces = re.findall("\u2581|." if self._apart else "\u2581?.|\u2581", text)
+        return [0 if "?" in piece else sum(ord(c) << 16 * i for i, c in enumerate(piece)) for piece in pieces]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def piece(self, token_id: int) -> str:
+        raise NotImplementedError
+
+
+def test_words_are_encoded_as_in_a_sentence() -> None:
+    for codec in (Pieces(), Pieces(dummy=True)):
+        assert words_in_text(codec)("ox") == Pieces().encode(" ox") != Pieces().encode("ox")
+    assert words_in_text(Pieces(apart=True))("ox") == Pieces().encode("ox")  # the blank alone is no part of the word
+    assert words_in_text(Pieces())("o?x") == []
 
 
 def test_without_differences_there_is_no_correlation(tmp_path: Path) -> None:
@@ -101,14 +132,16 @@ def test_the_interval_is_of_resampled_pairs() -> None:
 
 
 def test_an_interval_of_few_pairs() -> None:
-    """Most draws of two pairs are one pair twice, which has no correlation."""
-    assert bootstrap_interval([0.1, 0.2], [1.0, 2.0]) == pytest.approx([1.0, 1.0])
-    assert bootstrap_interval([0.1, 0.1], [1.0, 2.0]) is None
+    """Draws of few pairs are the same pairs over and over, and would look certain."""
+    some = [float(i) for i in range(FEWEST_PAIRS)]
+    assert bootstrap_interval(some, some) == pytest.approx([1.0, 1.0])
+    assert bootstrap_interval(some[1:], some[1:]) is None
+    assert bootstrap_interval([0.1] * FEWEST_PAIRS, some) is None
 
 
 def test_reading(tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
-    path.write_bytes("fenêtre\tporte \t 3.5\r\n\r\na\tb\t1\n".encode())
+    path.write_bytes("\ufefffenêtre\tporte \t 3.5\r\n\r\na\tb\t1\n".encode())
     assert read_word_pairs(path) == [WordPair("fenêtre", "porte", 3.5), WordPair("a", "b", 1.0)]
 
 
@@ -121,6 +154,7 @@ def test_reading(tmp_path: Path) -> None:
         ("a\tb\thigh\n", r"x\.tsv:1: the score 'high' is not a number"),
         ("a\tb\tnan\n", r"x\.tsv:1: the score 'nan' is not a number"),
         ("a\tb\t1\n", r"x\.tsv holds 1 word pairs, a correlation needs two"),
+        ("a\tb\t1\nc\td\t1\n", r"x\.tsv: all scores are 1\.0, a correlation needs different ones"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -131,10 +165,10 @@ def test_a_malformed_file_is_named_with_its_line(text: str, message: str, tmp_pa
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read the word pairs of .*MEN\.tsv: No such file"):
+    with pytest.raises(UserError, match=r"word pairs of .*MEN\.tsv: No such file.*reporting\.word_similarity"):
         read_word_pairs(tmp_path / "MEN.tsv")
-    (tmp_path / "latin.tsv").write_bytes(b"fen\xeatre\tporte\t3\n")
-    with pytest.raises(UserError, match=r"latin\.tsv is not UTF-8"):
+    (tmp_path / "latin.tsv").write_bytes(b"sun\tmoon\t2\nfen\xeatre\tporte\t3\n")
+    with pytest.raises(UserError, match=r"latin\.tsv:2 is not UTF-8"):
         read_word_pairs(tmp_path / "latin.tsv")
 
 
@@ -144,5 +178,5 @@ def test_what_would_be_ambiguous_is_refused(tmp_path: Path) -> None:
     other.mkdir()
     with pytest.raises(UserError, match="the same name: MEN"):
         word_similarity([write_pairs(tmp_path), write_pairs(other)], encode, weight, shard)
-    with pytest.raises(UserError, match=r"MEN\.tsv: the tokenizer gives no token for 'sun'"):
+    with pytest.raises(UserError, match=r"MEN\.tsv: the tokenizer gives no token, or the unknown one, for 'sun'"):
         word_similarity([write_pairs(tmp_path)], lambda word: [], weight, shard)

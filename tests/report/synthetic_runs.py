@@ -165,7 +165,7 @@ def evaluation_tree(name: str, kind: str, seed: int, arrays: dict[str, Any]) -> 
     words = {"MEN": {"spearman": 0.31 - 0.1 * cone, "interval": [0.28 - 0.1 * cone, 0.34 - 0.1 * cone], "pairs": 3000,
                      "coverage": 0.82}}  # fmt: skip
     return {
-        "format": 2, "run": name, "method": KINDS[kind]["objective"]["method"], "seed": seed, "checkpoint_step": STEPS,
+        "format": 3, "run": name, "method": KINDS[kind]["objective"]["method"], "seed": seed, "checkpoint_step": STEPS,
         "tokens": STEPS * TOKENS_PER_STEP,
         "split": "test", "perplexity": dict(zip(names, perplexity, strict=True)),
         "unique_tokens": dict(zip(names, (*unique, sum(unique)), strict=True)),

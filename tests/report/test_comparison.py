@@ -210,9 +210,23 @@ def test_the_input_embedding_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_damage(tmp_path: Path) -> None:
-    methods = two(tmp_path, isotropy="high")
     with pytest.raises(UserError, match=r"gated/evaluation\.json is damaged: isotropy is 'high', not a number: run"):
-        verdicts(methods)
+        two(tmp_path, isotropy="high")
+
+
+def test_better_and_worse_are_of_the_seeds_in_common(tmp_path: Path) -> None:
+    """A seed that one side alone has may turn the means around."""
+    plain = [PERPLEXITY | {"total": total} for total in (100.0, 101.0, 50.0)]
+    gated = [PERPLEXITY | {"total": total} for total in (90.0, 91.0)]
+    text, kind = said_of(groups(tmp_path, "perplexity", plain, gated), "total perplexity")
+    assert "lowers total perplexity" in text
+    assert kind == "better"
+
+
+def test_a_text_of_less_than_a_window(tmp_path: Path) -> None:
+    methods = two(tmp_path, sliding_window={"window": 512, "perplexity": PERPLEXITY}, target_tokens={"total": 300})
+    assert "gated was measured on 300 tokens, less than one window of 512: too few to compare by." in caveats(methods)
+    assert not any("less than one window" in caveat for caveat in caveats(two(tmp_path / "long")))
 
 
 def test_the_table_of_the_terminal(tmp_path: Path) -> None:

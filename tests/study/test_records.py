@@ -31,7 +31,7 @@ def test_no_run_is_done(claimed):
 
 
 def test_numbers_only_and_no_lists():
-    tree = {"format": 2, "a": {"b": 1, "none": None}, "c": [1.0], "d": "x", "e": True, "f": 0.5}
+    tree = {"format": 3, "a": {"b": 1, "none": None}, "c": [1.0], "d": "x", "e": True, "f": 0.5}
     assert records._measures(tree) == {"measure.a.b": 1.0, "measure.a.none": None, "measure.f": 0.5}
 
 
