@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.on_all_ranks and os.environ.get("RANK", "0") != "0":
             return code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR):
             note_end(1, f"{type(error).__name__}: {error}")
             raise
         code, line = EXIT_USER_ERROR, f"error: cannot use {error.filename or 'a file'}: {error.strerror}"

@@ -193,7 +193,9 @@ def fit_measure(x: Sequence[float], y: Sequence[float], *, draws: int = DRAWS, s
     good = np.isfinite(all_x) & np.isfinite(all_y) & (all_x > 0)
     xs, ys = all_x[good], all_y[good]
     dropped = int((~good).sum())
-    if len(np.unique(xs)) < LOG_LINEAR.fewest:
+    # Of three single values about every sixth set of pure noise would look like a law.
+    fewest = LOG_LINEAR.fewest + (len(np.unique(xs)) == len(xs))
+    if len(np.unique(xs)) < fewest:
         return Fit("too few", xs, ys, dropped)
     units = Units.of(xs, ys)
     u, v = units.u(xs), units.v(ys)

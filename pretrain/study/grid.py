@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,10 @@ def _followed(study: Study, recipe: Recipe, amounts: dict[str, Any], problems: l
         rule = follow.learning_rate
         width = found.get("model.hidden_size", recipe.model.hidden_size)
         if width > 0:
-            found["optimizer.learning_rate"] = rule.reference * (width / rule.reference_width) ** rule.power
+            try:
+                found["optimizer.learning_rate"] = rule.reference * (width / rule.reference_width) ** rule.power
+            except (OverflowError, ZeroDivisionError):
+                problems.append(f"follow.learning_rate gives no number at width {width} with power {rule.power}")
     sized = build(Recipe, _changed(tree, found), "", problems)
     steps = _steps(study, sized, amounts, problems) if isinstance(sized, Recipe) else None
     if steps is not None:
@@ -114,8 +118,8 @@ def _steps(study: Study, recipe: Recipe, amounts: dict[str, Any], problems: list
     tokens = amounts.get(TOKENS, study.follow.tokens)
     multiple = amounts.get(TOKENS_PER_PARAMETER, study.follow.tokens_per_parameter)
     for key, value in amounts.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            problems.append(f"{key} is {value!r}, must be a number above 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            problems.append(f"{key} is {value!r}, must be a finite number above 0")
             return None
     model = recipe.model
     counted = (model.num_layers, model.hidden_size, model.num_attention_heads, model.vocab_multiple_of)

@@ -133,9 +133,17 @@ def _peak_of_this_machine(recipe: Recipe) -> float | None:
 
 
 def _check_data(cells: Sequence[Cell], refused: dict[str, list[str]]) -> None:
-    """Runs that share a data folder must want the same in it."""
+    """Runs that share a data folder must want the same in it, and what is in it if it is prepared."""
     owners: dict[str, Cell] = {}
     for cell in cells:
+        manifest = Manifest.read(Path(cell.recipe.data.folder))
+        if manifest is not None and inputs_of(cell.recipe.data) != {
+            "corpus": manifest.corpus,
+            "tokenizer": manifest.tokenizer,
+        }:
+            refused.setdefault(cell.name, []).append(
+                f"{cell.recipe.data.folder} was prepared from another corpus or tokenizer: give another data.folder"
+            )
         owner = owners.setdefault(cell.recipe.data.folder, cell)
         if inputs_of(owner.recipe.data) != inputs_of(cell.recipe.data):
             refused.setdefault(cell.name, []).append(
@@ -189,10 +197,11 @@ def _time_line(plan: Sequence[PlannedRun], resources: Resources) -> str:
         return "time: unknown, as the peak of this machine's devices is; --peak-tflops gives it (dense, of one device)"
     worlds = [run.world_size for run in plan]
     hours = sum(seconds * world / 3600 for seconds, world in zip(times, worlds, strict=True))
-    wall = max(max(times), sum(times) / resources.parallel_runs)
+    at_a_time = min(resources.parallel_runs, len(plan))
+    wall = max(max(times), sum(times) / at_a_time)
     ranks = f"{min(worlds)}" if min(worlds) == max(worlds) else f"{min(worlds)} to {max(worlds)}"
     return (
         f"time at a model FLOPs utilisation of {resources.utilisation:.0%}, on {ranks} rank(s) a run and "
-        f"{resources.parallel_runs} run(s) at a time: about {age_in_words(wall)}, {hours:,.1f} device hours; without "
+        f"{at_a_time} run(s) at a time: about {age_in_words(wall)}, {hours:,.1f} device hours; without "
         "start-up, saving and evaluation"
     )

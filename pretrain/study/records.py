@@ -13,7 +13,6 @@ They are made of evaluations, recipes and states, never of logs.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +23,13 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from pretrain.errors import UserError
+from pretrain.evaluation.evaluation_file import read_evaluation
 from pretrain.files import file_sha256, replacing
 from pretrain.model.size import training_flops_per_token
 from pretrain.recipe_io import flatten
-from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
+from pretrain.run_folder import RunFolder
 from pretrain.study.state import read_state
+from pretrain.study.study_cells import MEASURES
 from pretrain.study.study_folder import StudyFolder
 
 RECORDS_FORMAT = 1
@@ -48,9 +49,10 @@ def write_records(study_folder: Path) -> Path:
     Several jobs may do it at once: each waits for the one before, and reads after it.
 
     Raises:
-        UserError: the folder is not a study's.
+        UserError: the folder is not a study's, or an evaluation of a done run is damaged or of another version.
     """
     folder = StudyFolder(study_folder)
+    folder.plan()  # before a lock is written beside it
     with (study_folder / ".records.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         plan = folder.plan()
@@ -91,9 +93,7 @@ def _rows(run: RunFolder, plan: dict[str, Any], entry: dict[str, Any]) -> Iterat
         return
     recipe, sha256 = run.saved_recipe(), file_sha256(run.recipe_file)
     for file in (*sorted((run.path / "evaluations").glob("step_*.json")), run.evaluation_file):
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-        if evaluation.get("format") != EVALUATION_FORMAT:
-            continue
+        evaluation = read_evaluation(file)
         vocab_size = _vocab_size(recipe.data.folder, recipe.data.tokenizer.vocab_size)
         tokens = evaluation["tokens"]
         training = evaluation["training"]
@@ -150,8 +150,9 @@ def _table(rows: list[dict[str, Any]], axes: list[str]) -> pa.Table:
 
 
 def _is_empty(name: str, values: list[Any]) -> bool:
-    """A measure that no run has: null where others have a section."""
-    return name.startswith("measure.") and all(value is None for value in values)
+    """A measure that no run has: null where others have a section. What the page shows stays, as not measured."""
+    shown = {f"measure.{measure.column}" for measure in MEASURES}
+    return name.startswith("measure.") and name not in shown and all(value is None for value in values)
 
 
 def _type(name: str, values: list[Any]) -> pa.DataType:

@@ -26,18 +26,25 @@ def refuse_queued(folder: StudyFolder) -> None:
     refuse_second_job(folder.path, folder.jobs_file)
 
 
-def submit_study(study: Study, plan: Sequence[PlannedRun], request: JobRequest, throttle: int | None) -> int:
-    """Submit what is left, in a folder that was claimed and whose data are prepared.
+def need_sbatch() -> None:
+    """
+    Raises:
+        UserError: this machine cannot submit.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not here: submit on a login node of the cluster (--dry-run works anywhere)")
+
+
+def submit_study(study: Study, plan: Sequence[PlannedRun], request: JobRequest, throttle: int | None) -> bool:
+    """Submit what is left, in a folder that was claimed and whose data are prepared; False: all is done.
 
     Args:
         request: of each job; its name and array are the study's.
         throttle: so many jobs at a time; None: as many as SLURM likes.
 
     Raises:
-        UserError: no sbatch, or it refuses.
+        UserError: sbatch refuses.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not here: submit on a login node of the cluster (--dry-run works anywhere)")
     folder = StudyFolder(study.folder)
     states = folder.states([run.cell for run in plan])
     left = [name for name, state in states.items() if state.state != "done"]
@@ -45,8 +52,8 @@ def submit_study(study: Study, plan: Sequence[PlannedRun], request: JobRequest, 
         if states[name].state == "failed":
             say(f"{name} failed before, and is tried again: {states[name].cause}")
     if not left:
-        say(f"{study.name}: all {len(plan)} runs are done; records: {folder.records_file}")
-        return 0
+        say(f"{study.name}: all {len(plan)} runs are done")
+        return False
     make_folder(folder.logs)
     lines = [shlex.quote(str(folder.recipe_file(name))) for name in left]
     write_text(folder.lines_file, f"# {study.name}: job N of the array is run N\n" + "\n".join(lines) + "\n")
@@ -57,5 +64,5 @@ def submit_study(study: Study, plan: Sequence[PlannedRun], request: JobRequest, 
     job_id = sbatch(folder.job_script)
     record_event(folder.jobs_file, "submit", job_id=job_id, runs=left, nodes=request.nodes)
     say(f"{study.name}: job {job_id}, {len(left)} run(s) of {len(plan)} on {request.nodes} node(s) each")
-    say(f"see it with: python -m pretrain status {folder.path}")
-    return 0
+    say(f"see it with: python -m pretrain status {folder.path}; the same command with --report writes the page")
+    return True

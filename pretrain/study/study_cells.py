@@ -18,10 +18,12 @@ from scipy import stats
 from pretrain.errors import UserError
 from pretrain.report.formatting import compact, fixed, grouped
 from pretrain.study.fits import CONFIDENCE, Interval
+from pretrain.study.state import RunState
 
 RECORDS_FORMAT = 1
 Row = Mapping[str, Any]
 SCALE_COLUMNS = ("parameters_without_embeddings", "vocab_size", "consumed_tokens", "flops")
+FOLLOWS = "flops"  # from the others: where two of them vary, it would mix what they do
 COLUMNS = (
     "format", "study", "run", "state", "method", "seed", "step", *SCALE_COLUMNS, "parameters", "hardware", "commit",
     "recipe_sha256",
@@ -85,6 +87,7 @@ class Series:
 class Study:
     """Attributes:
     rows: one a done run, its last checkpoint; checkpoints: all of them; states: how many runs are in which.
+    failed: run -> why.
     axes: name -> its different values, those that vary; scale: the column that figures have on their x axis.
     """
 
@@ -95,6 +98,7 @@ class Study:
     axes: Mapping[str, list[Any]]
     scale: str
     series: tuple[Series, ...]
+    failed: Mapping[str, str]
 
     @property
     def baseline(self) -> str:
@@ -106,9 +110,16 @@ class Study:
     def varying_scales(self) -> list[str]:
         return [column for column in SCALE_COLUMNS if len({row[column] for row in self.rows}) > 1]
 
+    def series_over(self, scale: str) -> tuple[Series, ...]:
+        """As ``series``, for another scale: what else varies, and does not follow from it, sets series apart."""
+        return _series(self.rows, self.axes, scale)
 
-def read_study(table: pa.Table | Sequence[Row]) -> Study:
+
+def read_study(table: pa.Table | Sequence[Row], runs: Mapping[str, RunState] | None = None) -> Study:
     """Check the records and put them in order.
+
+    Args:
+        runs: all that the study plans; None: those of the records.
 
     Raises:
         UserError: they have another format, lack a column or a measure, or hold no done run.
@@ -121,17 +132,20 @@ def read_study(table: pa.Table | Sequence[Row]) -> Study:
     for row in rows:
         if row["run"] not in last or (row["step"] or 0) >= (last[row["run"]]["step"] or 0):
             last[row["run"]] = row
-    states: dict[str, int] = {}
-    for row in last.values():
-        states[row["state"]] = states.get(row["state"], 0) + 1
+    found = [row["state"] for row in last.values()] if runs is None else [run.state for run in runs.values()]
+    states = {state: found.count(state) for state in dict.fromkeys(found)}
     done = tuple(row for row in last.values() if row["state"] == "done")
     if not done:
         held = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
         raise UserError(f"no run of the study {rows[0]['study']!r} is done ({held}): run the study again to go on")
     axes = _varying_axes(done)
-    scale = max(SCALE_COLUMNS, key=lambda column: (len({row[column] for row in done}), -SCALE_COLUMNS.index(column)))
+    failed = {name: run.cause for name, run in (runs or {}).items() if run.state == "failed"}
+    own = [column for column in SCALE_COLUMNS if column != FOLLOWS]
+    scale = max(own, key=lambda column: (len({row[column] for row in done}), -own.index(column)))
+    if len({row[scale] for row in done}) == 1:
+        scale = FOLLOWS if len({row[FOLLOWS] for row in done}) > 1 else scale
     checkpoints = tuple(row for row in rows if row["state"] == "done")
-    return Study(str(done[0]["study"]), done, checkpoints, states, axes, scale, _series(done, axes, scale))
+    return Study(str(done[0]["study"]), done, checkpoints, states, axes, scale, _series(done, axes, scale), failed)
 
 
 def _check(rows: Sequence[Row]) -> None:

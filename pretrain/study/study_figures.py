@@ -40,6 +40,7 @@ from pretrain.study.study_cells import (
     LOSS,
     MEAN_SHIFT,
     RARE_LOSS,
+    Row,
     Series,
     Study,
     cells,
@@ -51,6 +52,7 @@ from pretrain.study.study_cells import (
 PANELS = (LOSS, RARE_LOSS, ISOTROPY, MEAN_SHIFT)
 BEYOND = 1 / 3  # of the range of the scale on a logarithmic axis: how far a fit is drawn past the largest
 Drawn = ParamSpec("Drawn")
+SPECTRA_SHOWN = 4
 
 
 def styled(draw: Callable[Drawn, Figure]) -> Callable[Drawn, Figure]:
@@ -120,18 +122,52 @@ def difference_figure(study: Study) -> Figure:
     return figure
 
 
-@styled
-def heat_map_figure(study: Study) -> Figure:
-    """Means over seeds: scales across, series down."""
+@dataclass(frozen=True)
+class HeatMap:
+    """Runs over two axes: ``places`` has the runs of each (down, across), all that differ only by seed."""
+
+    across: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    places: Mapping[tuple[int, int], Sequence[Row]]
+
+
+def heat_map(study: Study) -> HeatMap | None:
+    """Over the scale and the series; at one scale over the last axis that varies and the others. None without two."""
     scales = sorted({float(row[study.scale]) for row in study.rows})
-    rows = len(study.series)
-    figure = Figure(figsize=(9.6, 1.6 + 0.42 * rows))
+    if len(scales) > 1 and len(study.series) > 1:
+        places: dict[tuple[int, int], list[Row]] = {}
+        for i, series in enumerate(study.series):
+            for row in series.rows:
+                places.setdefault((i, scales.index(float(row[study.scale]))), []).append(row)
+        labels = [short(series.label, 30) for series in study.series]
+        return HeatMap(SYMBOLS[study.scale], [size_text(scale) for scale in scales], labels, places)
+    axes = [name for name in study.axes if name != "seed"]
+    if len(scales) > 1 or len(axes) < 2:
+        return None
+    *down, across = axes
+    columns = study.axes[across]
+    rows = list(dict.fromkeys(tuple(row.get(f"axis.{name}") for name in down) for row in study.rows))
+    places = {}
+    for row in study.rows:
+        if row.get(f"axis.{across}") is not None:
+            place = rows.index(tuple(row.get(f"axis.{name}") for name in down)), columns.index(row[f"axis.{across}"])
+            places.setdefault(place, []).append(row)
+    labels = [short(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(down, key, strict=True)), 30)
+              for key in rows]  # fmt: skip
+    return HeatMap(across.replace("_", " "), [str(value) for value in columns], labels, places)
+
+
+@styled
+def heat_map_figure(shape: HeatMap) -> Figure:
+    """Means over seeds."""
+    figure = Figure(figsize=(9.6, 1.6 + 0.42 * len(shape.rows)))
     panels = figure.subplots(1, 3, sharey=True)
     for axes, measure in zip(panels, (RARE_LOSS, LOSS, ISOTROPY), strict=True):
-        grid = np.full((rows, len(scales)), np.nan)
-        for i, series in enumerate(study.series):
-            for scale, values in cells(series.rows, measure, study.scale).items():
-                grid[i, scales.index(scale)] = np.mean(values) if values else np.nan
+        grid = np.full((len(shape.rows), len(shape.columns)), np.nan)
+        for place, rows in shape.places.items():
+            values = [value for row in rows if math.isfinite(value := measure.value(row))]
+            grid[place] = np.mean(values) if values else np.nan
         # pale enough that dark numbers can be read on every colour
         low, high = (np.nanmin(grid), np.nanmax(grid)) if np.isfinite(grid).any() else (0.0, 1.0)
         colours = "Blues" if measure.better == "higher" else "Oranges"
@@ -139,9 +175,9 @@ def heat_map_figure(study: Study) -> Figure:
         for row, column in zip(*np.nonzero(np.isfinite(grid)), strict=True):
             axes.text(column, row, f"{grid[row, column]:#.3g}".rstrip("."), ha="center", va="center", fontsize=8.5)
         axes.set_title(measure.label[:1].upper() + measure.label[1:])
-        axes.set_xticks(range(len(scales)), [size_text(scale) for scale in scales])
-        axes.set_yticks(range(rows), [short(series.label, 30) for series in study.series])
-        axes.set_xlabel(_scale_name(study.scale))
+        axes.set_xticks(range(len(shape.columns)), shape.columns)
+        axes.set_yticks(range(len(shape.rows)), shape.rows)
+        axes.set_xlabel(shape.across)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -155,7 +191,7 @@ def spectrum_figure(study: Study, spectra: Mapping[str, Floats]) -> Figure:
     Args:
         spectra: run -> s [D], falling.
     """
-    shown = [series for series in study.series if any(row["run"] in spectra for row in series.rows)][:4]
+    shown = [series for series in study.series if any(row["run"] in spectra for row in series.rows)][:SPECTRA_SHOWN]
     figure = Figure(figsize=(9.6, 3.7))
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     scales = sorted({float(row[study.scale]) for row in study.rows})

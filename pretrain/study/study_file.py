@@ -25,6 +25,7 @@ A key has one owner: ``set``, an axis and ``follow`` may not both say it. Overri
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,9 +216,11 @@ def _check_follow(follow: Follow, problems: list[str]) -> None:
         rule = dataclasses.asdict(follow.learning_rate)
         numbers |= {f"learning_rate.{key}": rule[key] for key in ("reference", "reference_width")}
     problems += [
-        f"follow.{key} is {value}, must be above 0"
+        f"follow.{key} is {value}, must be a finite number above 0"
         for key, value in numbers.items()
-        if value is not None and value <= 0
+        if value is not None and not 0 < value < math.inf
     ]
+    if follow.learning_rate is not None and not math.isfinite(follow.learning_rate.power):
+        problems.append(f"follow.learning_rate.power is {follow.learning_rate.power}, must be a finite number")
     if follow.warmup_fraction is not None and not 0 <= follow.warmup_fraction < 1:
         problems.append(f"follow.warmup_fraction is {follow.warmup_fraction}, must be in [0, 1)")

@@ -85,7 +85,12 @@ class StudyFolder:
             elif state.state == "running":
                 write_state(folder, state, "preempted", "its runner or job ended without a word")
             elif state.state == "done":
-                write_state(folder, state, "preempted", "what it had done is not there any more")
+                write_state(
+                    folder,
+                    state,
+                    "preempted",
+                    "checkpoints or evaluations that are wanted are not there",
+                )
             elif not state.since:
                 write_state(folder, state, "planned")
 

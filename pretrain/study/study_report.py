@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +21,26 @@ from pretrain.report.formatting import ABSENT, MINUS
 from pretrain.study.fit_forms import Floats
 from pretrain.study.fit_words import SCALES, SYMBOLS, size_text
 from pretrain.study.fits import DRAWS, fit_measure
+from pretrain.study.state import RunState, read_state
 from pretrain.study.study_cells import (
-    ISOTROPY,
-    LOSS,
     MEASURES,
-    RARE_LOSS,
     Row,
+    Series,
     Study,
-    StudyMeasure,
     observations,
     partner,
     read_study,
 )
-from pretrain.study.study_figures import Picture, difference_figure, heat_map_figure, scale_figure, spectrum_figure
+from pretrain.study.study_figures import (
+    SPECTRA_SHOWN,
+    Picture,
+    difference_figure,
+    heat_map,
+    heat_map_figure,
+    scale_figure,
+    spectrum_figure,
+)
+from pretrain.study.study_folder import StudyFolder
 from pretrain.study.study_tables import (
     as_csv,
     cell_records,
@@ -46,10 +53,8 @@ from pretrain.study.study_tables import (
 from pretrain.study.study_template import PAGE, STYLE
 from pretrain.study.study_words import Fits, caveats, degeneration_answers, method_answers
 
-SCALED = (LOSS, RARE_LOSS, ISOTROPY)  # fitted against every scale that varies, for fits.csv
 
-
-def report_study(folder: Path, title: str, question: str) -> Path:
+def report_study(folder: Path, title: str, question: str, command: str) -> Path:
     """:func:`write_study_report` of the ``records.parquet`` in a study's folder, with the spectra of its runs.
 
     Raises:
@@ -64,7 +69,9 @@ def report_study(folder: Path, title: str, question: str) -> Path:
         raise UserError(
             f"cannot read {path} ({error}): run `python -m pretrain study` again to write it anew"
         ) from error
-    return write_study_report(folder, title, question, table, runs=folder)
+    study = StudyFolder(folder)
+    states = {name: read_state(study.run(name).path) for name in study.plan()["runs"]}
+    return write_study_report(folder, title, question, table, runs=folder, states=states, command=command)
 
 
 def write_study_report(
@@ -74,7 +81,8 @@ def write_study_report(
     table: pa.Table | Sequence[Row],
     *,
     runs: Path | None = None,
-    command: str | None = None,
+    states: Mapping[str, RunState] | None = None,
+    command: str = "",
     draws: int = DRAWS,
 ) -> Path:
     """Write ``report.html``, ``figures/*.png`` and ``*.pdf``, ``cells.csv``, ``differences.csv`` and ``fits.csv``.
@@ -83,7 +91,8 @@ def write_study_report(
         folder: where they go; made if need be.
         table: the records of the study, as a table or as rows.
         runs: the folder with the run folders, for the figure of spectra; None: without it.
-        command: what was typed to run the study; None: ``python -m pretrain study NAME.yaml``.
+        states: of all runs that the study plans; None: those of the records.
+        command: what was typed to run the study; empty: ``python -m pretrain study NAME.yaml``.
         draws: refits of the bootstrap of each fit.
 
     Returns:
@@ -92,9 +101,11 @@ def write_study_report(
     Raises:
         UserError: the records have another format, lack a column or a measure, or hold no done run.
     """
-    study = read_study(table)
-    fits = _fits(study, study.scale, MEASURES, draws)
-    others = {scale: _fits(study, scale, SCALED, draws) for scale in study.varying_scales if scale != study.scale}
+    study = read_study(table, states)
+    fits = _fits(study.series, study.scale, draws)
+    others = {
+        scale: _fits(study.series_over(scale), scale, draws) for scale in study.varying_scales if scale != study.scale
+    }
     pictures = _pictures(study, fits, _spectra(study, runs))
     make_folder(folder)
     shown = []
@@ -128,10 +139,10 @@ def write_study_report(
     return folder / "report.html"
 
 
-def _fits(study: Study, scale: str, measures: Sequence[StudyMeasure], draws: int) -> Fits:
+def _fits(series: Sequence[Series], scale: str, draws: int) -> Fits:
     return {
-        (series.label, measure.column): fit_measure(*observations(series.rows, measure, scale), draws=draws)
-        for series in study.series for measure in measures
+        (one.label, measure.column): fit_measure(*observations(one.rows, measure, scale), draws=draws)
+        for one in series for measure in MEASURES
     }  # fmt: skip
 
 
@@ -152,14 +163,16 @@ def _pictures(study: Study, fits: Fits, spectra: dict[str, Floats]) -> list[Pict
             "An interval that crosses zero claims nothing."
         )
         found.append(Picture("differences", caption, difference_figure(study)))
-    if len(study.series) > 2 and len({row[study.scale] for row in study.rows}) > 1:
-        caption = f"Means over seeds, {SYMBOLS[study.scale]} across. Blue: higher is better; orange: lower is better."
-        found.append(Picture("heat_map", caption, heat_map_figure(study)))
+    if (shape := heat_map(study)) is not None:
+        caption = f"Means over seeds, {shape.across} across. Blue: higher is better; orange: lower is better."
+        found.append(Picture("heat_map", caption, heat_map_figure(shape)))
     if spectra:
         caption = (
             "Singular values of the output embedding over the first one, one line a run. A steep first step is one "
             "direction that all rows share."
         )
+        if len(study.series) > SPECTRA_SHOWN:
+            caption += f" The first {SPECTRA_SHOWN} of {len(study.series)} series."
         found.append(Picture("spectrum", caption, spectrum_figure(study, spectra)))
     return found
 

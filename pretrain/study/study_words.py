@@ -154,6 +154,11 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _varies_with(study: Study, column: str) -> bool:
+    """Within a series, where it cannot be told from the scale."""
+    return column != study.scale and any(len({row[column] for row in series.rows}) > 1 for series in study.series)
+
+
 def caveats(study: Study) -> list[str]:
     """What limits the answer."""
     found = []
@@ -168,7 +173,13 @@ def caveats(study: Study) -> list[str]:
     if left:
         listed = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
         found.append(f"Not all runs are done: {listed}. They are in no number here.")
-    others = [SYMBOLS[column] for column in study.varying_scales if column != study.scale]
+    found += [f"{name} failed: {cause}." for name, cause in study.failed.items()]
+    if len({row["vocab_size"] for row in study.rows}) > 1:
+        found.append(
+            "Losses are per token: those of different vocabularies are of different tokens. Bits per byte, in the "
+            "records, can be compared."
+        )
+    others = [SYMBOLS[column] for column in study.varying_scales if _varies_with(study, column)]
     if others:
         found.append(
             f"{_listed(others)} {'varies' if len(others) == 1 else 'vary'} with {SYMBOLS[study.scale]} in this study: "

@@ -113,6 +113,6 @@ def test_every_impossible_run_is_named(grid):
     _, refused = grid(axes={"size": {"a": {"model.hidden_size": "wide"}}})
     assert refused == {"a": ["model.hidden_size is 'wide', must be a whole number"]}
     _, refused = grid(axes={"tokens": [0]})
-    assert refused["tokens0"] == ["tokens is 0, must be a number above 0"]
+    assert refused["tokens0"] == ["tokens is 0, must be a finite number above 0"]
     _, refused = grid(axes={"size": {"a": {"model.num_attention_heads": 0}}}, follow={"tokens_per_parameter": 1})
     assert "model.num_attention_heads is 0, must be at least 1" in refused["a"]

@@ -79,10 +79,12 @@ def test_layouts_and_shared_folders_are_checked(prepared_recipe, tmp_path):
     ("options", "words"),
     [
         (["--mfu", "1.5"], "--mfu is 1.5, must be a share of the peak"),
-        (["--mfu", "0"], "--mfu is 0.0, must be above 0"),
-        (["--peak-tflops", "-1"], "--peak-tflops is -1.0, must be above 0"),
+        (["--mfu", "0"], "--mfu is 0.0, must be a finite number above 0"),
+        (["--peak-tflops", "-1"], "--peak-tflops is -1.0, must be a finite number above 0"),
         (["--slurm", "--parallel-runs", "2"], "--parallel-runs is for this machine"),
         (["--throttle", "2"], "--throttle is for --slurm"),
+        (["--nodes", "2"], "--nodes is for --slurm"),
+        (["--mfu", "inf"], "--mfu is inf, must be a finite number"),
     ],
 )
 def test_options(study, capfd, options, words):

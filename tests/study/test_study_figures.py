@@ -17,9 +17,11 @@ from pretrain.report.figure_style import DOTS_PER_INCH, INK, colour
 from pretrain.study.fits import Fit, fit_measure
 from pretrain.study.study_cells import ISOTROPY, LOSS, Study, observations, read_study
 from pretrain.study.study_figures import (
+    HeatMap,
     Picture,
     beyond,
     difference_figure,
+    heat_map,
     heat_map_figure,
     scale_figure,
     spectrum_figure,
@@ -30,6 +32,12 @@ from tests.study.synthetic_records import study_records
 @pytest.fixture(scope="module")
 def study() -> Study:
     return read_study(study_records())
+
+
+def shape_of(study: Study) -> HeatMap:
+    shape = heat_map(study)
+    assert shape is not None
+    return shape
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.float64]:
@@ -85,7 +93,7 @@ def test_nothing_fitted_draws_no_curve() -> None:
 
 
 def test_the_heat_map_says_the_means(study: Study) -> None:
-    figure = heat_map_figure(study)
+    figure = heat_map_figure(shape_of(study))
     rows = [row for row in study.rows if row["run"].startswith("m_agg10")]
     mean = np.mean([row["measure.isotropy"] for row in rows])
     isotropy = figure.axes[2]
@@ -105,14 +113,29 @@ def test_spectra_by_method_and_scale(study: Study) -> None:
 @pytest.mark.parametrize("column", ["measure.perplexity.rare", "measure.isotropy"])
 def test_a_measure_that_no_run_has(column: str) -> None:
     study = read_study([row | {column: None} for row in study_records(sizes=("xs", "l"))])
-    for figure in (scale_figure(study, {}), difference_figure(study), heat_map_figure(study)):
+    for figure in (scale_figure(study, {}), difference_figure(study), heat_map_figure(shape_of(study))):
         assert pixels(figure).std() > 0.02
 
 
 def test_saved_as_png_and_pdf_and_the_style_of_the_process_is_left_alone(study: Study, tmp_path: Path) -> None:
     before: dict[str, Any] = dict(matplotlib.rcParams)
-    path = Picture("heat", "means", heat_map_figure(study)).save(tmp_path / "new")
+    path = Picture("heat", "means", heat_map_figure(shape_of(study))).save(tmp_path / "new")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["heat.pdf", "heat.png"]
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_heat_map_needs_two_axes() -> None:
+    rows = [row for row in study_records(methods=("agg10", "agg30")) if row["axis.size"] == "xs"]
+    assert heat_map(read_study(rows)) is None
+    over = [
+        row | {"run": f"{row['run']}_{rate}", "axis.learning_rate": rate, "measure.isotropy": rate + row["seed"] / 8}
+        for row in rows
+        for rate in (0.25, 0.5)
+    ]
+    shape = shape_of(read_study(over))
+    assert (shape.across, list(shape.columns)) == ("learning rate", ["0.25", "0.5"])
+    assert list(shape.rows) == ["objective agg10", "objective agg30"]
+    isotropy = heat_map_figure(shape).axes[2]
+    assert [text.get_text() for text in isotropy.texts] == ["0.500", "0.750", "0.500", "0.750"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -17,12 +18,14 @@ import pytest
 from pretrain.errors import UserError
 from pretrain.report.formatting import MINUS
 from pretrain.study.fits import Interval
+from pretrain.study.state import RunState
 from pretrain.study.study_cells import ISOTROPY, LOSS, RARE_LOSS, mean_interval, paired, partner, read_study
 from pretrain.study.study_report import raised, report_study, write_study_report
 from pretrain.study.study_words import Answer, caveats, method_answers, way
 from tests.study.synthetic_records import EXPONENT, LIMIT, SIZES, study_records, write_spectra
 
 DRAWS = 20
+COMMAND = "python -m pretrain study mine/x.yaml seed=3"
 QUESTION = "Does it grow, and what does AGG change?"
 Rows = list[dict[str, Any]]
 
@@ -77,7 +80,7 @@ def test_the_page_needs_nothing_else(written: Path) -> None:
     for rule in ("--ink:", "@media print", ".question {"):  # the look of the reports of runs, and of this page
         assert rule in html, rule
     images = [base64.b64decode(data) for data in re.findall(r"image/png;base64,([^\"]*)", html)]
-    names = ["scale", "differences", "spectrum"]
+    names = ["scale", "differences", "heat_map", "spectrum"]
     assert images == [(written / "figures" / f"{name}.png").read_bytes() for name in names]
     assert all((written / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF") for name in names)
 
@@ -102,7 +105,7 @@ def test_the_tables_beside_the_page(written: Path) -> None:
     assert loss["form"] == "power law"
     assert float(loss["b_low"]) <= EXPONENT <= float(loss["b_high"])
     assert float(loss["E"]) == pytest.approx(LIMIT, abs=0.25)
-    assert ("flops", "plain", "perplexity.rare") in fits
+    assert ("flops", "plain", "perplexity.rare") in fits and ("flops", "agg30", "mean_shift") in fits
 
 
 def test_a_method_that_changes_nothing() -> None:
@@ -179,6 +182,37 @@ def test_the_scale_is_what_varies() -> None:
     assert read_study(two_sizes()).scale == "parameters_without_embeddings"
 
 
+def test_two_scales_are_not_mixed_into_one() -> None:
+    """Isotropy follows the size alone: nothing may be said to grow with the tokens or the compute."""
+    rows: Rows = []
+    for times in (1, 2, 4):
+        extra = {"axis.tokens": times, "consumed_tokens": times * 2_048_000}
+        rows += [
+            row | extra | {"run": f"{row['run']}_{times}", "flops": row["flops"] * times}
+            for row in study_records(methods=("plain",))
+        ]
+    study = read_study(rows)
+    assert study.scale == "parameters_without_embeddings"
+    assert [series.label for series in study.series] == [f"plain, tokens {times}" for times in (1, 2, 4)]
+    assert {series.fixed["size"] for series in study.series_over("consumed_tokens")} == {"xs", "s", "m", "l"}
+    assert not any("may depend on" in caveat and "D" in caveat for caveat in caveats(study))
+
+
+def test_different_vocabularies_have_other_tokens() -> None:
+    rows = [row | {"vocab_size": row["seed"] * 8192} for row in two_sizes()]
+    assert any("Bits per byte" in caveat for caveat in caveats(read_study(rows)))
+    assert not any("Bits per byte" in caveat for caveat in caveats(read_study(two_sizes())))
+
+
+def test_runs_that_are_not_in_the_records_are_counted() -> None:
+    rows = two_sizes(seeds=1)
+    states = {row["run"]: RunState(state="done") for row in rows}
+    states |= {"late": RunState(), "broken": RunState(state="failed", cause="exit code 1: no room")}
+    found = caveats(read_study(rows, states))
+    assert "Not all runs are done: 1 failed, 1 planned. They are in no number here." in found
+    assert "broken failed: exit code 1: no room." in found
+
+
 def test_the_last_checkpoint_of_a_run_counts_and_unfinished_runs_are_named() -> None:
     rows = two_sizes()
     early = [row | {"step": 500, "measure.isotropy": 0.0} for row in rows]
@@ -193,6 +227,8 @@ def test_a_value_that_was_not_measured_is_left_out(tmp_path: Path) -> None:
     rows = two_sizes()
     rows[0]["measure.perplexity.rare"] = None
     rows[1]["measure.isotropy"] = float("inf")
+    for row in rows:
+        row["measure.perplexity.medium"] = None  # no run has it: a text without such tokens
     text = text_of(write_study_report(tmp_path, "Gaps", QUESTION, rows, draws=DRAWS))
     assert "1 value that cannot be fitted (not finite) left out." in text
 
@@ -240,14 +276,17 @@ def test_records_that_cannot_be_used(tmp_path: Path) -> None:
 def test_the_files_of_a_study(tmp_path: Path) -> None:
     rows = two_sizes(seeds=1)
     with pytest.raises(UserError, match=r"has no records\.parquet: run `python -m pretrain study`"):
-        report_study(tmp_path, "A study", QUESTION)
+        report_study(tmp_path, "A study", QUESTION, COMMAND)
     (tmp_path / "records.parquet").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"cannot read .*records\.parquet"):
-        report_study(tmp_path, "A study", QUESTION)
+        report_study(tmp_path, "A study", QUESTION, COMMAND)
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "records.parquet")
-    assert "Singular values" not in text_of(report_study(tmp_path, "A study", QUESTION))
+    (tmp_path / "plan.json").write_text(json.dumps({"format": 1, "runs": {row["run"]: {} for row in rows}}))
+    assert "Singular values" not in text_of(report_study(tmp_path, "A study", QUESTION, COMMAND))
     write_spectra(tmp_path, rows)
-    assert "Singular values" in text_of(report_study(tmp_path, "A study", QUESTION))
+    assert COMMAND in text_of(tmp_path / "report.html")
+    assert "Not all runs are done: 4 planned" in text_of(tmp_path / "report.html")
+    assert "Singular values" in text_of(report_study(tmp_path, "A study", QUESTION, COMMAND))
     (tmp_path / rows[0]["run"] / "evaluation.npz").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"cannot read the singular values in .*evaluation\.npz"):
-        report_study(tmp_path, "A study", QUESTION)
+        report_study(tmp_path, "A study", QUESTION, COMMAND)
