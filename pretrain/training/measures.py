@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from agg import LossProbe
+from agg import LossProbe, VocabShard
 from pretrain.evaluation.frequency_groups import DECILES, GroupedPerplexity, frequency_deciles, frequency_groups
 from pretrain.evaluation.geometry import measure_geometry, row_norms
 from pretrain.evaluation.run_model import subject_of_run
-from pretrain.training.engine import whole_output_embedding
+from pretrain.training.embedding_rows import rows_of_rank
 from pretrain.training.setup import Run
 
 
@@ -60,13 +60,17 @@ class Measures:
 
     def _embedding(self) -> dict[str, Any]:
         """The output embedding's shape, of all rows and of those whose ids occur, and its norms."""
-        shard = self._run.shard
-        with whole_output_embedding(self._run.engine) as weight:
-            record: dict[str, Any] = dataclasses.asdict(measure_geometry(weight, shard))
+        with rows_of_rank(self._run.engine, self._run.shard) as (weight, rows):
+            record: dict[str, Any] = dataclasses.asdict(measure_geometry(weight, rows))
             if self._rows_by_decile[-1]:
-                record["seen_rows"] = dataclasses.asdict(measure_geometry(weight, shard, self._seen))
-            record["row_norm_by_decile"] = self._mean_by_decile(row_norms(weight))
+                seen = self._seen[self._places(rows)]
+                record["seen_rows"] = dataclasses.asdict(measure_geometry(weight, rows, seen))
+            record["row_norm_by_decile"] = self._mean_by_decile(row_norms(weight), rows)
         return record
+
+    def _places(self, rows: VocabShard) -> slice:
+        """Of some rows of this rank's shard, within it."""
+        return slice(rows.start - self._run.shard.start, rows.stop - self._run.shard.start)
 
     def _gradient(self) -> dict[str, Any]:
         """Of the step's own loss calls: the loss by group, and what gates let through."""
@@ -81,15 +85,15 @@ class Measures:
         if gates is not None:
             share = probe.gated_share(self._run.shard, topology.data_parallel_group)
             record["gated_share"] = None if share is None else dataclasses.asdict(share)
-            record["g1_by_decile"] = self._mean_by_decile(gates.g1)
-            record["g2_by_decile"] = self._mean_by_decile(gates.g2)
+            record["g1_by_decile"] = self._mean_by_decile(gates.g1, self._run.shard)
+            record["g2_by_decile"] = self._mean_by_decile(gates.g2, self._run.shard)
         return record
 
-    def _mean_by_decile(self, values: torch.Tensor) -> dict[str, float | None]:
-        """Mean over the rows of each decile of ``values`` [V_local], with one reduction of as many numbers."""
+    def _mean_by_decile(self, values: torch.Tensor, rows: VocabShard) -> dict[str, float | None]:
+        """Mean over each decile of ``values`` [n], one each of ``rows``, with one reduction of as many numbers."""
         sums = torch.zeros(len(DECILES), dtype=torch.float64, device=values.device)
-        sums.index_add_(0, self._deciles, values[: self._run.shard.real].double())
-        means = (self._run.shard.all_reduce(sums) / self._rows_by_decile).tolist()
+        sums.index_add_(0, self._deciles[self._places(rows)], values[: rows.real].double())
+        means = (rows.all_reduce(sums) / self._rows_by_decile).tolist()
         return {name: None if math.isnan(mean) else mean for name, mean in zip(DECILES, means, strict=True)}
 
     def _validation(self) -> dict[str, Any]:

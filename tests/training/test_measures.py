@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,11 @@ from tests.small_runs import change, on_ranks, read_metrics, train_on_ranks
 
 NEVER = 40  # ids that are said to occur nowhere in the train shards
 OBJECTIVE = {"alpha": 0.6, "reference_batch_tokens": 128}  # after 512 tokens: once or twice a target is rare, too
+
+
+def ungathered(parameters: Any, enabled: bool = True) -> contextlib.AbstractContextManager[None]:
+    assert not enabled, "the embedding was brought together"
+    return contextlib.nullcontext()
 
 
 def measured_step(rank: int, world_size: int, recipe: Recipe) -> dict[str, Any]:
@@ -51,9 +58,11 @@ def measured_step(rank: int, world_size: int, recipe: Recipe) -> dict[str, Any]:
         losses = [run.engine(*pair, per_token=True)[0] for pair in micro_batches]
     measures.begin_step(3, 9)
     done = train_step(run, micro_batches)
+    with mock.patch("deepspeed.zero.GatheredParameters", ungathered):
+        record = measures.record(3, 9, trained=True)
     found = {
         "loss": done.loss,
-        "record": measures.record(3, 9, trained=True),
+        "record": record,
         "skipped": measures.record(3, 9, trained=False),
     }
     gates, real = run.objective.gates(), run.shard.real
@@ -133,7 +142,16 @@ def test_any_layout_measures_the_same(prepared_recipe, alone, tmp_path, tensor_p
     outcomes = run_ranks(measured_step, world_size, on_ranks(recipe, world_size))
     for outcome in outcomes:
         assert flat(outcome["record"]) == flat(outcomes[0]["record"])  # to the last bit
-    assert flat(outcomes[0]["record"]) == pytest.approx(flat(alone["record"]), rel=1e-3, abs=1e-5)
+    record, counts = outcomes[0]["record"], alone["counts"]
+    assert flat(record) == pytest.approx(flat(alone["record"]), rel=1e-3, abs=1e-5)
+    shards = {outcome["place"]: outcome["weight"] for outcome in outcomes}
+    weight = torch.from_numpy(np.concatenate([shards[0, rank] for rank in range(tensor_parallel)]))
+    dense = vars(dense_geometry(weight))
+    assert {name: record[name] for name in dense} == pytest.approx(dense, rel=1e-9)
+    seen = vars(dense_geometry(weight[torch.from_numpy(counts > 0)]))
+    assert record["seen_rows"] == pytest.approx(seen, rel=1e-9)
+    norms = weight.double().norm(dim=1).numpy()
+    assert record["row_norm_by_decile"] == pytest.approx(by_decile(norms, counts), rel=1e-9)
 
 
 def flat(record: dict[str, Any]) -> dict[str, float | None]:
