@@ -72,6 +72,11 @@ def read_axis(name: str, entry: Any, known: dict[str, Any], problems: list[str])
         problems.append(f"{where} is empty: an axis needs at least one point")
     names = [point.name for point in points]
     problems += [f"{where}: {one!r} is there twice" for one in sorted({one for one in names if names.count(one) > 1})]
+    problems += [
+        f"{where}: {one.name!r} and {other.name!r} are the same: leave one out"
+        for i, one in enumerate(points) for other in points[i + 1 :]
+        if one.name != other.name and one.changes == other.changes
+    ]  # fmt: skip
     for one in names:
         if not PLAIN_NAME.fullmatch(one.replace("-", "_")) or one in RESERVED:
             problems.append(
@@ -139,5 +144,7 @@ def read_exclusion(
             for value in chosen
             if value not in labels
         ]
+        if not chosen:
+            problems.append(f"{where}: {name} is an empty list, must name points of the axis")
         matches[name] = tuple(labels[value] for value in chosen if value in labels)
     return matches

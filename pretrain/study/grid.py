@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,15 @@ def _steps(study: Study, recipe: Recipe, amounts: dict[str, Any], problems: list
     if tokens is None and multiple is not None:
         tokens = multiple * model_size(model, vocab_size_of(recipe)).total
     return None if tokens is None else max(1, round(tokens / recipe.tokens_per_step))
+
+
+def grouped(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """Lines of what is wrong, each thing once, with the runs that have it."""
+    runs: dict[str, list[str]] = {}
+    for name, found in problems.items():
+        for problem in found:
+            runs.setdefault(problem, []).append(name)
+    return [f"  - {', '.join(names)}: {problem}" for problem, names in runs.items()]
 
 
 def vocab_size_of(recipe: Recipe) -> int:

@@ -13,7 +13,7 @@ from pretrain.data.manifest import Manifest, inputs_of
 from pretrain.errors import RecipeError, UserError
 from pretrain.model.size import ModelSize, model_size, peak_flops, training_flops_per_token
 from pretrain.recipe import Recipe
-from pretrain.study.grid import Cell, cells_of, vocab_size_of
+from pretrain.study.grid import Cell, cells_of, grouped, vocab_size_of
 from pretrain.study.study_file import Study
 
 HEAD = ("run", "parameters", "embeddings", "tokens", "steps", "FLOPs", "memory/rank", "time")
@@ -36,6 +36,11 @@ class PlannedRun:
     flops: float
     memory: RankMemory
     seconds: float | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of a rank, by formula: on a CPU with what is offloaded to the host, as it is one memory."""
+        return self.memory.total + (self.memory.host if _on_cpu(self.cell.recipe) else 0)
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,15 @@ def make_plan(study: Study, resources: Resources) -> list[PlannedRun]:
             continue
         planned.append(run)
         limit, whose = _memory_limit(cell.recipe, resources)
-        needed = run.memory.total + (run.memory.host if _on_cpu(cell.recipe) else 0)
-        if limit is not None and needed > limit:
+        if limit is not None and run.memory_bytes > limit:
             refused[cell.name] = [
-                f"a rank needs {bytes_in_words(needed)} by formula, {whose} {bytes_in_words(int(limit))}; take a "
-                "smaller batch.micro_batch_size, another parallel.sharding or more ranks, or exclude the run"
+                f"a rank needs {bytes_in_words(run.memory_bytes)} by formula, {whose} {bytes_in_words(int(limit))}; "
+                "take a smaller batch.micro_batch_size, another parallel.sharding or more ranks, or exclude the run"
             ]
     _check_data(cells, refused)
     if refused:
-        lines = [f"  - {name}: {problem}" for name, problems in refused.items() for problem in problems]
         of = f"{len(refused)} of the {count} run(s) of the study {study.name} cannot be"
-        raise UserError(f"{of}:\n" + "\n".join(lines))
+        raise UserError(f"{of}:\n" + "\n".join(grouped(refused)))
     return planned
 
 
@@ -168,7 +171,7 @@ def plan_lines(study: Study, plan: Sequence[PlannedRun], resources: Resources) -
     yield ""
     tokens, flops = sum(run.tokens for run in plan), sum(run.flops for run in plan)
     yield f"together: {tokens:,} tokens, {flops:.3g} FLOPs, memory of a rank at most " + bytes_in_words(
-        max(run.memory.total for run in plan)
+        max(run.memory_bytes for run in plan)
     )
     yield _time_line(plan, resources)
     for folder, recipe in data_of(plan).items():
@@ -186,7 +189,7 @@ def _row(run: PlannedRun) -> tuple[str, ...]:
         f"{run.tokens:,}",
         f"{run.cell.recipe.batch.train_steps:,}",
         f"{run.flops:.3g}",
-        bytes_in_words(run.memory.total),
+        bytes_in_words(run.memory_bytes),
         "?" if run.seconds is None else age_in_words(run.seconds),
     )
 

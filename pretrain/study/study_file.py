@@ -77,7 +77,7 @@ class Follow:
 
     width: WidthRule | None = None
     learning_rate: LearningRateRule | None = None
-    tokens: int | None = None
+    tokens: float | None = None
     tokens_per_parameter: float | None = None
     warmup_fraction: float | None = None
 
@@ -148,6 +148,9 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
         else:
             there = tree.get("set", {})
             tree["set"] = {**flatten(there), key: value} if isinstance(there, dict) else there
+    beside = path.parent / str(tree.get("base"))
+    if beside.is_file() and not Path(str(tree["base"])).is_file():
+        tree["base"] = str(beside)
     problems: list[str] = []
     file = build(_File, tree, "", problems)
     if not isinstance(file, _File):
@@ -216,7 +219,7 @@ def _check_follow(follow: Follow, problems: list[str]) -> None:
         rule = dataclasses.asdict(follow.learning_rate)
         numbers |= {f"learning_rate.{key}": rule[key] for key in ("reference", "reference_width")}
     problems += [
-        f"follow.{key} is {value}, must be a finite number above 0"
+        f"follow.{key} is {value:g}, must be a finite number above 0"
         for key, value in numbers.items()
         if value is not None and not 0 < value < math.inf
     ]

@@ -28,7 +28,7 @@ from pretrain.files import make_folder, write_json, write_text
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder
-from pretrain.study.grid import Cell
+from pretrain.study.grid import Cell, grouped
 from pretrain.study.state import RunState, read_state, write_state
 from pretrain.study.study_file import Study
 
@@ -102,21 +102,21 @@ class StudyFolder:
             and any(entry.name not in (".lock", "logs", "recipes") for entry in self.path.iterdir())
         ):
             raise UserError(f"{self.path} is not empty and not a study: give this study another name or output_root")
-        changed = []
+        changed: dict[str, list[str]] = {}
         for cell in cells:
             run = self.run(cell.name)
             if run.has_begun():
-                changed += [f"  - {cell.name}: {text}" for text in run.changes_of(cell.recipe).values()]
+                changed[cell.name] = list(run.changes_of(cell.recipe).values())
             holder = read_run(run.path).holder if run.path.is_dir() else None
             if holder is not None:
                 raise UserError(
                     f"the run {cell.name} of {study.name} is being trained by process {holder['pid']} on "
                     f"{holder['host']}: wait until it ends"
                 )
-        if changed:
+        if any(changed.values()):
             raise UserError(
                 f"the study {study.name} has changed under runs that have begun in {self.path}:\n"
-                + "\n".join(changed)
+                + "\n".join(grouped(changed))
                 + "\nGive it back what was there, another name, or delete the folders of these runs."
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pretrain.__main__ import main
@@ -60,7 +62,7 @@ def test_runs_that_do_not_fit_are_all_named(study, capfd, tmp_path):
     message = capfd.readouterr().err
     assert "4 of the 8 run(s) of the study small cannot be:" in message
     for name in ("s-plain-seed1", "s-plain-seed2", "s-agg-seed1", "s-agg-seed2"):
-        assert f"  - {name}: a rank needs " in message
+        assert re.search(rf"  - .*\b{name}\b.*: a rank needs ", message)
     assert "xs-" not in message and not (tmp_path / "out").exists()
 
 
@@ -68,7 +70,7 @@ def test_layouts_and_shared_folders_are_checked(prepared_recipe, tmp_path):
     path = write_study(tmp_path, prepared_recipe, axes={"size": SIZES, "objective": OBJECTIVES})
     with pytest.raises(UserError, match="needs 2 ranks, but 4 were started") as error:
         make_plan(load_study(path, ["parallel.data_parallel_size=2"]), Resources(world_size=4))
-    assert str(error.value).startswith("4 of the 4 run") and str(error.value).count("\n") == 4
+    assert str(error.value).startswith("4 of the 4 run") and "xs-plain, xs-agg, s-plain, s-agg: " in str(error.value)
     vocabularies = {size: {"data.tokenizer.vocab_size": size, "data.folder": "one"} for size in (400, 500)}
     path = write_study(tmp_path, prepared_recipe, axes={"vocabulary": vocabularies})
     with pytest.raises(UserError, match="500: it has the data.folder of 400, .*but another corpus or tokenizer"):

@@ -57,6 +57,8 @@ def test_points_may_be_sections_and_overrides_are_for_all(write, tmp_path):
         ({"axes": {"tokens": [9], "train_steps": [9]}}, "batch.train_steps and tokens all say how long a run is"),
         ({"follow": {"tokens": 9, "tokens_per_parameter": 2}}, "is set by follow.tokens and by follow.tokens_per_par"),
         ({"follow": {"tokens_per_parameter": float("inf")}}, "tokens_per_parameter is inf, must be a finite number"),
+        ({"axes": {"alpha": [1, 1.0]}}, "axes.alpha: 'alpha1' and 'alpha1.0' are the same: leave one out"),
+        ({"axes": {"seed": [1]}, "exclude": [{"seed": []}]}, "exclude[0]: seed is an empty list"),
         ({"follow": {"tokens": -9}}, "follow.tokens is -9, must be a finite number above 0"),
         ({"follow": {"warmup_fraction": 1}}, "follow.warmup_fraction is 1.0, must be in [0, 1)"),
         ({"follow": {"learning_rate": {"rule": "width_pwer"}}}, "learning_rate.rule is 'width_pwer', must be one of"),
