@@ -53,6 +53,7 @@ def _run(
     folder, cells = StudyFolder(study.folder), [run.cell for run in plan]
     refuse_queued(folder)
     folder.check(study, cells)
+    folder.refuse_held(study, cells)
     make_folder(folder.path)
     with run_lock(folder.path):
         folder.claim(study, cells)

@@ -64,6 +64,7 @@ class StudyFolder:
             UserError: runs have begun with other recipes, or are trained by someone else now.
         """
         self.check(study, cells)
+        self.refuse_held(study, cells)
         make_folder(self.recipes)
         write_text(self.study_file, study.text)
         tree = {
@@ -107,18 +108,26 @@ class StudyFolder:
             run = self.run(cell.name)
             if run.has_begun():
                 changed[cell.name] = list(run.changes_of(cell.recipe).values())
-            holder = read_run(run.path).holder if run.path.is_dir() else None
-            if holder is not None:
-                raise UserError(
-                    f"the run {cell.name} of {study.name} is being trained by process {holder['pid']} on "
-                    f"{holder['host']}: wait until it ends"
-                )
         if any(changed.values()):
             raise UserError(
                 f"the study {study.name} has changed under runs that have begun in {self.path}:\n"
                 + "\n".join(grouped(changed))
                 + "\nGive it back what was there, another name, or delete the folders of these runs."
             )
+
+    def refuse_held(self, study: Study, cells: Sequence[Cell]) -> None:
+        """
+        Raises:
+            UserError: a run is trained by someone else now.
+        """
+        for cell in cells:
+            run = self.run(cell.name)
+            holder = read_run(run.path).holder if run.path.is_dir() else None
+            if holder is not None:
+                raise UserError(
+                    f"the run {cell.name} of {study.name} is being trained by process {holder['pid']} on "
+                    f"{holder['host']}: wait until it ends"
+                )
 
     def plan(self) -> dict[str, Any]:
         """``plan.json``.
