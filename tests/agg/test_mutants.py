@@ -43,28 +43,28 @@ def differs(got, expected) -> list[str]:
 
 def changed_run(change):
     def run(self):
-        sweep_run(self)
-        change(self)
-        return self
+        sums = sweep_run(self)
+        change(self, sums)
+        return sums
 
     return run
 
 
-def zero_weight_grad(sweep):
-    sweep.weight_grad.zero_()
+def zero_weight_grad(sweep, sums):
+    sums.weight.zero_()
 
 
-def negate_weight_grad(sweep):
-    sweep.weight_grad.neg_()
+def negate_weight_grad(sweep, sums):
+    sums.weight.neg_()
 
 
-def negate_hidden_grad(sweep):
-    sweep.hidden_grad.neg_()
+def negate_hidden_grad(sweep, sums):
+    sums.hidden.neg_()
 
 
-def gate_hidden_grad(sweep):
+def gate_hidden_grad(sweep, sums):
     rare = sweep.job.gates.rare[sweep.job.target.clamp(min=0)]
-    sweep.hidden_grad[rare] *= 0.5
+    sums.hidden[rare] *= 0.5
 
 
 def no_factors(gates, dtype):

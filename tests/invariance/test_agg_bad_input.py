@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from agg import AdaptiveGradientGating, TokenFrequency, VocabShard
+from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import make_problem
 from tests.distributed import run_ranks
 
@@ -87,15 +87,18 @@ def test_groups_of_the_wrong_size():
 def shard_without_its_group(rank: int, world_size: int):
     problem = make_problem()
     shard = problem.shard(rank, world_size)
-    weight, _ = problem.local(shard)
-    module = AdaptiveGradientGating(shard, alpha=0.3, window_steps=2)
-    return caught(lambda: module(problem.hidden, weight, problem.target))
+    weight, gates = problem.local(shard)
+    return (
+        caught(lambda: AdaptiveGradientGating(shard, alpha=0.3, window_steps=2)),
+        caught(lambda: gated_linear_cross_entropy(problem.hidden, weight, problem.target, gates, shard)),
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_split_vocabulary_needs_its_group(world_size):
-    for error in run_ranks(shard_without_its_group, world_size):
-        assert error.startswith("ValueError: the shard [") and "names no group" in error
+    for errors in run_ranks(shard_without_its_group, world_size):
+        for error in errors:
+            assert error.startswith("ValueError: the shard [") and "names no group" in error
 
 
 def sharded_by_fsdp(rank: int, world_size: int):
