@@ -105,7 +105,7 @@ class AdaptiveGradientGating(torch.nn.Module):
                 "window_steps": window_steps,
                 "window": window,
                 "reference_batch_tokens": reference_batch_tokens,
-                "excluded_ids": hash(tuple(self.excluded_ids.tolist())),
+                "the hash of excluded_ids": hash(tuple(self.excluded_ids.tolist())),
             },
         )
 
