@@ -32,6 +32,11 @@ def _triton_for(tensor: torch.Tensor) -> ModuleType | None:
     return _triton_kernels() if tensor.device.type == "cuda" and tensor.dtype != torch.float64 else None
 
 
+def _mixed_addmm_for(tensor: torch.Tensor) -> bool:
+    """Whether torch multiplies matrices of bfloat16 into one of float32 there."""
+    return tensor.device.type == "cuda"
+
+
 def softmax_rows_(
     logits: torch.Tensor, target: torch.Tensor, sum_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +97,7 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *
     beta = 0 if anew else 1  # a total that is multiplied by 0 is not read
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, beta=beta, out=total)
-    elif total.device.type == "cuda":  # the sum of the products is not rounded on its way
+    elif _mixed_addmm_for(total):  # the sum of the products is not rounded on its way
         torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
