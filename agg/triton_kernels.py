@@ -19,29 +19,35 @@ _SCALING_PROGRAMS = 1_024  # share the rows of a matrix, most of which need noth
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _softmax_rows(logits, target, log_norm, own, stride, columns, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _softmax_rows(logits, target, log_norm, own, stride, columns, block: tl.constexpr, rest: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     tl.store(own + row, tl.load(line + tl.load(target + row)).to(tl.float32))
     lane = tl.arange(0, block)
-    whole = columns // block * block  # a mask would keep loads from being vectorised: only the rest has one
-    inside = whole + lane < columns
-    x = tl.load(line + whole + lane, mask=inside, other=-float("inf")).to(tl.float32)
-    largest = tl.maximum(tl.max(x, 0), -3.4e38)  # finite, also of a rest without a column
-    total = tl.sum(tl.exp(x - largest), 0)
+    whole = columns // block * block  # a mask keeps loads from being vectorised: only the rest of the columns has one
+    largest = -3.4e38  # finite, so that 0 is what it adds to a sum
+    total = 0.0
     for first in range(0, whole, block):
         x = tl.load(line + first + lane).to(tl.float32)
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
+    for first in range(whole, columns, rest):
+        column = first + tl.arange(0, rest)
+        x = tl.load(line + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+        largest = larger
     tl.store(log_norm + row, largest + tl.log(total))
     share = 1 / total  # exp(x - log_norm) would carry the rounding of log_norm
+    for first in range(whole, columns, rest):
+        column = first + tl.arange(0, rest)
+        x = tl.load(line + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        tl.store(line + column, (tl.exp(x - largest) * share).to(logits.dtype.element_ty), mask=column < columns)
     for step in range(0, whole, block):
         first = whole - block - step  # what was read last is the likeliest to be in the cache
         x = tl.load(line + first + lane).to(tl.float32)
         tl.store(line + first + lane, (tl.exp(x - largest) * share).to(logits.dtype.element_ty))
-    x = tl.load(line + whole + lane, mask=inside, other=-float("inf")).to(tl.float32)
-    tl.store(line + whole + lane, (tl.exp(x - largest) * share).to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -75,7 +81,7 @@ def softmax_rows_(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
     assert logits.stride(1) == 1
     log_norm = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     own = torch.empty_like(log_norm)
-    block = min(_SOFTMAX_COLUMNS, 1 << (logits.shape[1].bit_length() - 1))  # a power of 2, no more than the columns
+    blocks = softmax_blocks(logits.shape[1])
     with _on_device_of(logits):
         _softmax_rows[(len(logits),)](
             logits,
@@ -84,10 +90,16 @@ def softmax_rows_(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Ten
             own,
             logits.stride(0),
             logits.shape[1],
-            block=block,
-            num_warps=min(max(block // 1024, 4), 32),
+            **blocks,
+            num_warps=min(max(blocks["block"] // 1024, 4), 32),
         )
     return log_norm, own
+
+
+def softmax_blocks(columns: int) -> dict[str, int]:
+    """Columns at a time: powers of 2, no more than there are."""
+    block = min(_SOFTMAX_COLUMNS, 1 << (columns.bit_length() - 1))
+    return {"block": block, "rest": min(block, _COLUMNS)}
 
 
 def gate_leading_rows_(p: torch.Tensor, gate: torch.Tensor, count: torch.Tensor) -> None:

@@ -1,0 +1,91 @@
+"""``python -m tests.agg.compiled_kernels``: what Triton makes of the kernels for an H100, on a machine without one.
+
+Prints one JSON object: by kernel, its loads and stores of device memory and its bytes of spilled registers. Runs in a
+process of its own, as Triton decides when it is imported whether it interprets or compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from triton import compile as compile_kernel
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from agg import triton_kernels
+
+H100 = GPUTarget("cuda", 90, 32)
+SOFTMAX = {
+    "logits": "*bf16",
+    "target": "*i64",
+    "log_norm": "*fp32",
+    "own": "*fp32",
+    "stride": "i32",
+    "columns": "i32",
+    "block": "constexpr",
+    "rest": "constexpr",
+}
+GATE = {"p": "*bf16", "gate": "*fp32", "count": "*i64", "stride": "i32", "columns": "i32", "block": "constexpr"}
+SCALE = {
+    "matrix": "*fp32",
+    "factor": "*fp32",
+    "condition": "*i32",
+    "stride": "i32",
+    "rows": "i32",
+    "columns": "i32",
+    "programs": "i32",
+    "block": "constexpr",
+}
+
+
+def compiled(
+    kernel: Any, signature: dict[str, str], sizes: dict[str, int], warps: int, odd: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """``odd``: numbers that 16 does not divide."""
+    names = kernel.arg_names
+    even = [name for name, kind in signature.items() if kind != "constexpr" and name not in odd]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in sizes.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    made = compile_kernel(source, target=H100, options={"num_warps": warps})
+    return {
+        "memory": Counter(re.findall(r"(?:ld|st)\.global[.\w:]*", made.asm["ptx"])),
+        "spilled": spilled(made.asm["ptx"]),
+    }
+
+
+def spilled(ptx: str) -> int:
+    """Bytes, as the assembler tells them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
+
+
+def main() -> None:
+    softmax = triton_kernels._softmax_rows, SOFTMAX, triton_kernels.softmax_blocks(131_072), 32
+    block = {"block": triton_kernels._COLUMNS}
+    made = {
+        "softmax": compiled(*softmax),
+        "softmax of 50,257 columns": compiled(*softmax, odd=("columns",)),
+        "gate": compiled(triton_kernels._gate_leading_rows, GATE, block, 4),
+        "scale": compiled(triton_kernels._scale_rows_if, SCALE, block, 4, odd=("programs",)),
+    }
+    json.dump(made, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
