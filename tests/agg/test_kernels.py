@@ -227,7 +227,7 @@ def test_what_is_wrong_is_told_a_step_later(on_device):
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path):
-    """No register is spilled, and whole blocks are moved 16 bytes at a time; a mask or an odd stride would undo that."""
+    """No register is spilled, and whole blocks move 16 bytes at a time; a mask or an odd stride would undo that."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.agg.compiled_kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
