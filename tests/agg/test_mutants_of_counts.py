@@ -15,7 +15,7 @@ import agg.sweep
 from agg import DecayedTokenFrequency, TokenFrequency, alpha_of_rare_fraction
 from agg.step_counts import StepCounts
 from agg.sweep import Sweep
-from tests.agg import test_accumulation, test_frequency, test_gating, test_linear_cross_entropy
+from tests.agg import test_accumulation, test_any_gates, test_frequency, test_gating, test_linear_cross_entropy
 from tests.invariance import test_agg_counts, test_agg_resharding, test_agg_split_loss
 
 init_counts = StepCounts.__init__
@@ -69,6 +69,12 @@ def ungated_smoothing(self):
     return self
 
 
+def undivided_by_a_closed_gate(gates, dtype):
+    """Factors of rows for g1 > 0 alone: where g1 is 0, the positions whose target is rare lose g2 as well."""
+    g1, g2 = gates.g1.to(dtype), gates.g2.to(dtype)
+    return torch.where(g1 > 0, g2 / g1, 1.0), g1
+
+
 def zeroed_hidden_grad(self):
     sweep_run(self)
     self.hidden_grad.zero_()
@@ -88,6 +94,8 @@ split_fp32 = partial(
     test_agg_split_loss.test_error_within_that_of_the_plain_formula, 2, torch.float32, {"label_smoothing": 0.1}
 )
 many_chunks = partial(test_accumulation.test_the_error_does_not_grow_with_the_number_of_chunks, "sum")
+any_gates = test_any_gates.test_all_values_of_both_gates
+any_gates_fp32 = partial(test_any_gates.test_any_gates_in_other_dtypes, torch.float32)
 
 MUTANTS = {
     "what leaves is not subtracted": (
@@ -111,6 +119,8 @@ MUTANTS = {
     "smoothing over the shard": (Sweep, "run", smoothing_over_the_shard, split_formula),
     "smoothing over the shard, fp32": (Sweep, "run", smoothing_over_the_shard, split_fp32),
     "smoothing not gated": (Sweep, "run", ungated_smoothing, formula),
+    "g1 of 0 closes g2": (agg.sweep, "row_factors", undivided_by_a_closed_gate, any_gates),
+    "g1 of 0 closes g2, fp32": (agg.sweep, "row_factors", undivided_by_a_closed_gate, any_gates_fp32),
     "sums in bf16": (agg.sweep, "sum_dtype", lambda dtype: dtype, partial(many_chunks, True)),
     "sums in bf16, not gated": (agg.sweep, "sum_dtype", lambda dtype: dtype, partial(many_chunks, False)),
     "zeroed dH": (Sweep, "run", zeroed_hidden_grad, formula),
