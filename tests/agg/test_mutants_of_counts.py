@@ -85,7 +85,7 @@ counts_over_k_steps = partial(test_frequency.test_counts_the_last_k_steps, 3)
 fades = test_frequency.test_exponential_window_fades
 undoes = test_frequency.test_undo_takes_back_exactly_one_step
 reshards = partial(test_agg_resharding.test_counts_continue_on_another_layout, (2, 2), (4, 1))
-reshards_after_undo = partial(test_agg_resharding.test_after_a_step_was_taken_back, (2, 2), (4, 1))
+reshards_after_undo = partial(test_agg_resharding.test_after_a_step_was_taken_back, (2, 2), (4, 1), 6)
 counts_on_ranks = partial(test_agg_counts.test_counts_and_gates, 2, 2)
 asked_fraction = partial(test_gating.test_rare_fraction_is_what_is_asked_for, 0.25, 1)
 formula = partial(test_linear_cross_entropy.test_equals_the_papers_formula, "sum", 0.1, True, 7)
@@ -104,6 +104,7 @@ MUTANTS = {
         lambda self, histogram: histogram,
         counts_over_k_steps,
     ),
+    "what leaves is not subtracted, ranks": (TokenFrequency, "_outgoing", lambda self, x: x, counts_on_ranks),
     "window a step too long": (StepCounts, "__init__", window_off_by(1), counts_over_k_steps),
     "window a step too short": (StepCounts, "__init__", window_off_by(-1), counts_over_k_steps),
     "fades too slowly": (StepCounts, "__init__", window_off_by(1), fades),

@@ -1,4 +1,4 @@
-"""Counts over the window and the gates made of them, on data-parallel x tensor-parallel ranks, equal one process's."""
+"""Counts over the window and gates made of them, on data-parallel x tensor-parallel ranks, equal a plain recount."""
 
 from __future__ import annotations
 
@@ -17,34 +17,49 @@ WINDOW, STEPS = 4, 7
 GATES = ("rare", "g1", "g2")
 
 
-def after_each_step(kind, shard, dp_group=None, part: int = 0, parts: int = 1):
-    """Counts and gates after each step; rank ``part`` of so many sees its share of the targets."""
-    frequency = kind(shard, WINDOW, dp_group)
-    history = []
-    for targets in zipf_steps(STEPS):
-        frequency.update(targets.chunk(parts)[part])
-        common = {"reference_batch_tokens": 64, "shard": shard, "excluded_ids": (1, 500), "tokens": frequency.tokens}
-        gates = rarity_gates(frequency.appearances, alpha=0.5, **common)
-        history.append(
-            {
-                "counts": frequency.appearances.clone(),
-                "tokens": frequency.tokens.clone(),
-                "alpha": alpha_of_rare_fraction(frequency.appearances, 0.3, **common),
-                **{name: getattr(gates, name) for name in GATES},
-            }
-        )
-    return history
+def recounted(kind, steps, window: int = WINDOW) -> list[torch.Tensor]:
+    """[512] and one more for all of them, after each step: how often each id was a target, without :mod:`agg`."""
+    histograms = [torch.bincount(step[step >= 0], minlength=513) for step in steps]
+    for histogram in histograms:
+        histogram[-1] = histogram.sum()
+    if kind is TokenFrequency:
+        return [sum(histograms[max(0, end - window) : end]) for end in range(1, len(steps) + 1)]
+    totals = [torch.zeros(513, dtype=torch.float64)]
+    for histogram in histograms:
+        totals.append(totals[-1] * (1 - 1 / window) + histogram)
+    return totals[1:]
+
+
+def counts_and_gates(counts: torch.Tensor, tokens: torch.Tensor, shard: VocabShard) -> dict[str, torch.Tensor]:
+    common = {"tokens": tokens, "reference_batch_tokens": 64, "shard": shard, "excluded_ids": (1, 500)}
+    gates = rarity_gates(counts, alpha=0.5, **common)
+    return {
+        "counts": counts.clone(),
+        "tokens": tokens.clone(),
+        "alpha": alpha_of_rare_fraction(counts, 0.3, **common),
+        **{name: getattr(gates, name) for name in GATES},
+    }
 
 
 def count_and_gate(rank: int, world_size: int, data_parallel: int, tensor_parallel: int):
+    """First row, and for each window what there is after each step."""
     dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
     shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
-    part = dist.get_rank(dp_group)
-    return shard.start, [after_each_step(kind, shard, dp_group, part, data_parallel) for kind in KINDS]
+    windows = []
+    for frequency in (kind(shard, WINDOW, dp_group) for kind in KINDS):
+        windows.append([])
+        for targets in zipf_steps(STEPS):
+            frequency.update(targets.chunk(data_parallel)[dist.get_rank(dp_group)])
+            windows[-1].append(counts_and_gates(frequency.appearances, frequency.tokens, shard))
+    return shard.start, windows
 
 
 def whole_counts_and_gates():
-    return [after_each_step(kind, VocabShard.of_rank(507, 0, 1)) for kind in KINDS]
+    shard = VocabShard.of_rank(507, 0, 1)
+    return [
+        [counts_and_gates(totals[:-1], totals[-1], shard) for totals in recounted(kind, zipf_steps(STEPS))]
+        for kind in KINDS
+    ]
 
 
 def wrong_counts(ranks, whole) -> set[str]:
