@@ -12,6 +12,7 @@ from tests.invariance.agg_layouts import groups, zipf_steps
 from tests.invariance.test_agg_counts import KINDS, WINDOW, recounted
 
 STEPS = zipf_steps(12, tokens=64)
+STEPS[::2, 1:9] = torch.tensor([0, 127, 128, 255, 256, 383, 384, 506])  # the first and last ids of shards
 AFTER = 6  # more than the window, so that its slots have been used again
 # Each of the eight once before and once after: either degree grows, shrinks and stays.
 CIRCLE = [(1, 1), (2, 2), (4, 1), (1, 4), (2, 4), (2, 1), (1, 2), (4, 2)]
