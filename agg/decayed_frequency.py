@@ -55,4 +55,5 @@ class DecayedTokenFrequency(StepCounts):
     def load_state_dict(self, states: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         parts = [states] if isinstance(states, dict) else list(states)
         self._totals = self._merge_totals(parts, kind="exponential")
-        self._updates, self._before, self._pending = parts[0]["updates"], None, None
+        self._updates = parts[0]["updates"]
+        self._before = self._pending = self._complaints = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from agg.host_copy import HostCopy
 from agg.step_counts import STATE_VERSION, StepCounts
 
 Slot = tuple[torch.Tensor, torch.Tensor]  # rows, the last of which may be V_local, and their counts; int32, on the CPU
@@ -18,7 +19,7 @@ Slot = tuple[torch.Tensor, torch.Tensor]  # rows, the last of which may be V_loc
 class TokenFrequency(StepCounts):
     """Exact counts over a sliding window of optimizer steps, int64.
 
-    Each step costs one integer all-reduce of ``V_local + 3`` over the data-parallel group: the step's own
+    Each step costs one integer all-reduce of ``V_local + 4`` over the data-parallel group: the step's own
     histogram, minus the histogram that leaves the window. Step ``s`` lives in slot ``s % K``, and slot ``j`` is
     kept, sparse and in host memory, by data-parallel rank ``j % R`` alone, so the rank that stores a new step is the
     one that held the step it replaces.
@@ -31,7 +32,7 @@ class TokenFrequency(StepCounts):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._slots: dict[int, Slot] = {}
-        self._arriving: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+        self._arriving: tuple[int, HostCopy] | None = None
         self._undo: tuple[int, torch.Tensor, Slot | None] | None = None
 
     def _outgoing(self, histogram: torch.Tensor) -> torch.Tensor:
@@ -50,12 +51,7 @@ class TokenFrequency(StepCounts):
             if leaving is not None:
                 rows, counts = (_to_device(part, histogram.device) for part in leaving)
                 histogram.index_add_(0, rows, counts)
-            event = None
-            if histogram.device.type == "cuda":
-                histogram = histogram.to("cpu", non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-            self._arriving = (slot, histogram, event)
+            self._arriving = (slot, HostCopy(histogram))
         self._totals += delta
         self._undo = (slot, delta, leaving)
 
@@ -65,10 +61,8 @@ class TokenFrequency(StepCounts):
         It was sent a step ago, so that a GPU is not waited for.
         """
         if self._arriving is not None:
-            slot, histogram, event = self._arriving
-            if event is not None:
-                event.synchronize()
-            self._slots[slot] = _sparse(histogram)
+            slot, histogram = self._arriving
+            self._slots[slot] = _sparse(histogram.get())
             self._arriving = None
         return self._slots
 
@@ -110,7 +104,8 @@ class TokenFrequency(StepCounts):
         updates = parts[0]["updates"]
         owned = [slot for slot in range(min(updates, self.window_steps)) if slot % self._world_size == self._rank]
         self._slots = {slot: self._merge_slot(slot, parts) for slot in owned}
-        self._totals, self._updates, self._pending, self._arriving, self._undo = totals, updates, None, None, None
+        self._totals, self._updates = totals, updates
+        self._pending = self._complaints = self._arriving = self._undo = None
 
     def _merge_slot(self, slot: int, parts: Sequence[dict[str, Any]]) -> Slot:
         """Rows of this shard and their counts in one step of the window, from the parts that hold it."""

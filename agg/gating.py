@@ -88,14 +88,15 @@ def alpha_of_rare_fraction(
     shard: VocabShard,
     excluded_ids: Sequence[int] | torch.Tensor = (),
 ) -> torch.Tensor:
-    """The alpha below which ``rare_fraction`` of the vocabulary lies, or as much less as equal counts force.
+    """The alpha below which ``rare_fraction`` of the vocabulary lies, as nearly as equal counts allow.
 
-    The share is of the ids that have occurred, are not excluded and do not only pad. Of the whole vocabulary more may
-    then be rare: ids that have not occurred are below any alpha, unless they are excluded. One gather of V counts over
-    the tensor-parallel group.
+    The share is of the ids that have occurred, are not excluded and do not only pad. Ids that occurred equally often
+    are rare together or not at all, whichever comes nearer to the share; they are never all rare. Of the whole
+    vocabulary more may be rare: ids that have not occurred are below any alpha, unless they are excluded. One gather of
+    V counts over the tensor-parallel group.
 
     Returns:
-        float64 []; 0, and so no rare token, where fewer than ``1 / rare_fraction`` ids have occurred.
+        float64 []; 0, and so no rare token, where none has occurred.
 
     Raises:
         ValueError: ``rare_fraction`` is not above 0 and below 1.
@@ -107,8 +108,15 @@ def alpha_of_rare_fraction(
     counted &= ~_excluded_rows(excluded_ids, shard, device)
     # Ids that are not counted sort behind all that are.
     counts = shard.all_gather(torch.where(counted, appearances.double(), torch.inf)).flatten().sort().values
-    place = (torch.isfinite(counts).sum() * rare_fraction).long()
-    threshold = torch.where(place > 0, counts.gather(0, place[None])[0], 0.0)
+    number = torch.isfinite(counts).sum().double()
+    wanted = number * rare_fraction
+    at_edge = counts.gather(0, wanted.long()[None])
+    # Thresholds that leave the ids which occurred as often as the one at the edge outside, and inside.
+    without = torch.searchsorted(counts, at_edge)[0]
+    with_them = torch.searchsorted(counts, at_edge, right=True)[0]
+    nearer = (with_them - wanted < wanted - without) & (with_them < number)
+    place = torch.where(nearer, with_them, without)
+    threshold = torch.where(number > 0, counts.gather(0, place.clamp(max=len(counts) - 1)[None])[0], 0.0)
     return threshold / torch.as_tensor(tokens, dtype=torch.float64, device=device).clamp(min=1) * reference_batch_tokens
 
 

@@ -32,6 +32,11 @@ def _triton_for(tensor: torch.Tensor) -> ModuleType | None:
     return _triton_kernels() if tensor.device.type == "cuda" and tensor.dtype != torch.float64 else None
 
 
+def _mixed_addmm_for(tensor: torch.Tensor) -> bool:
+    """Whether torch multiplies matrices of bfloat16 into one of float32 there."""
+    return tensor.device.type == "cuda"
+
+
 def softmax_rows_(
     logits: torch.Tensor, target: torch.Tensor, sum_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,8 +79,39 @@ def scale_rows_if_(matrix: torch.Tensor, factor: torch.Tensor, condition: torch.
     """``if condition: matrix *= factor[:, None]`` with matrix [V_local, D], factor [V_local], condition bool []."""
     if values_are_at_hand(condition):
         if bool(condition):
-            matrix *= factor[:, None]
+            (rows,) = (factor != 1).nonzero(as_tuple=True)
+            matrix[rows] *= factor[rows, None]
     elif (triton := _triton_for(matrix)) is not None:
         triton.scale_rows_if_(matrix, factor, condition)
     else:
         matrix *= torch.where(condition, factor, 1)[:, None]
+
+
+def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, anew: bool) -> None:
+    """``total += left @ right``, or ``total = left @ right`` if ``anew``, summed in the dtype of ``total``.
+
+    Args:
+        total: [V_local, D], float32 at least. left: [V_local, C] and right: [C, D], of one dtype.
+        anew: ``total`` holds nothing yet.
+    """
+    beta = 0 if anew else 1  # a total that is multiplied by 0 is not read
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, beta=beta, out=total)
+    elif _mixed_addmm_for(total):  # the sum of the products is not rounded on its way
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
+
+
+def add_rows_(matrix: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor) -> None:
+    """``matrix[rows] += entries``, rows int64 [T] with repetitions, in the same order in each run."""
+    if matrix.device.type == "cuda":  # sorts the rows, where index_add_ would add them as they come
+        matrix.index_put_((rows,), entries, accumulate=True)
+    else:
+        matrix.index_add_(0, rows, entries)
+
+
+def logits_buffer(like: torch.Tensor, tokens: int, columns: int) -> torch.Tensor:
+    """Empty [tokens, columns]; on a GPU with rows that begin at multiples of 64, as its fast matmuls need them."""
+    stride = -(-columns // 64) * 64 if like.device.type == "cuda" else columns
+    return like.new_empty(tokens, stride)[:, :columns]

@@ -63,7 +63,8 @@ def gated_linear_cross_entropy(
         label_smoothing: eps in ``Y' = (1 - eps) Y + eps / V``, V the global unpadded size.
         reduction: ``mean`` over targets that are not ignored (0 if there are none), ``sum``, or ``none`` ([T],
             0 where ignored).
-        chunk_tokens: C. None: ``CHUNK_LOGITS`` over the rows of an even shard, at least 256.
+        chunk_tokens: C. None: at most ``CHUNK_LOGITS`` over the rows of an even shard or 256, see
+            :func:`default_chunk_tokens`.
         z_loss: c; the gradient is that of the loss plus ``c log^2 Z`` of each position, Z the norm of its softmax.
         soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits; 0: as they are.
         probe: is told what the gates take and the loss of each token.
@@ -75,34 +76,42 @@ def gated_linear_cross_entropy(
     """
     if shard is None:
         shard = VocabShard(0, max(weight.shape[0], 1), max(weight.shape[0], 1))
-    if torch.is_autocast_enabled(hidden.device.type):  # as torch.nn.functional.linear does
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    _check(hidden, weight, target, gates, shard, label_smoothing, reduction, chunk_tokens)
-    _check_logit_options(z_loss, soft_cap, label_smoothing)
+    hidden, weight = as_under_autocast(hidden, weight)
+    check_options(label_smoothing, chunk_tokens, z_loss, soft_cap, reduction)
+    check_inputs(hidden, weight, target, shard)
+    if gates is not None:
+        _check_gates(gates, shard)
     _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(-(-shard.vocab_size // shard.world_size), hidden.device.type)
+        rows = -(-shard.vocab_size // shard.world_size)
+        chunk_tokens = default_chunk_tokens(rows, len(hidden), hidden.device.type)
     job = Job(target, gates, shard, ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap, probe)
-    losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, job, reduction)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, job, reduction, torch.is_grad_enabled()
+    )
     return losses
 
 
-def default_chunk_tokens(rows: int, device_type: str) -> int:
-    """C where none is given, for so many rows of an even shard."""
-    return max(256, CHUNK_LOGITS.get(device_type, 2**24) // rows)
+def default_chunk_tokens(rows: int, tokens: int, device_type: str) -> int:
+    """C where none is given, for so many rows of an even shard: as few chunks as the limit allows, all as long.
+
+    Rounded up to a multiple of 32, so that it may exceed the limit by less than that.
+    """
+    limit = max(256, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cpu"]) // rows)
+    chunks = max(1, -(-tokens // limit))
+    return max(1, min(tokens, -(-tokens // chunks // 32) * 32))
 
 
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    gates: Gates | None,
-    shard: VocabShard,
-    label_smoothing: float,
-    reduction: str,
-    chunk_tokens: int | None,
-) -> None:
+def as_under_autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtype that autocast asks for, where it is on; as torch.nn.functional.linear does."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, shard: VocabShard) -> None:
+    """Shapes, dtypes and rows of one loss call; see :func:`gated_linear_cross_entropy`."""
     if hasattr(weight, "placements"):
         raise ValueError(
             "weight is a sharded DTensor: call the loss inside the forward of the module whose parameters FSDP gathers"
@@ -119,24 +128,19 @@ def _check(
         raise ValueError(f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}")
     if weight.shape[0] != len(shard):
         raise ValueError(f"weight has {weight.shape[0]} rows, its shard [{shard.start}, {shard.stop}) has {len(shard)}")
-    if shard.world_size == 1 and (shard.start, shard.real) != (0, shard.vocab_size):
-        raise ValueError(
-            f"the shard [{shard.start}, {shard.stop}) is a part of {shard.vocab_size} ids, but names no group that "
-            "holds the others"
-        )
-    if gates is not None:
-        for name in ("rare", "g1", "g2"):
-            if getattr(gates, name).shape != (len(shard),):
-                raise ValueError(f"gates.{name} has {getattr(gates, name).numel()} rows, the shard has {len(shard)}")
+    shard.check_whole()
+
+
+def check_options(
+    label_smoothing: float, chunk_tokens: int | None, z_loss: float, soft_cap: float, reduction: str = "mean"
+) -> None:
+    """What does not depend on the inputs; see :func:`gated_linear_cross_entropy`."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, must be mean, sum or none")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, must be in [0, 1)")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
-
-
-def _check_logit_options(z_loss: float, soft_cap: float, label_smoothing: float) -> None:
     for name, value in (("z_loss", z_loss), ("soft_cap", soft_cap)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, must be 0 (off) or above, and finite")
@@ -144,49 +148,60 @@ def _check_logit_options(z_loss: float, soft_cap: float, label_smoothing: float)
         raise ValueError("label_smoothing needs the mean logit, which is not linear in hidden with soft_cap: give one")
 
 
+def _check_gates(gates: Gates, shard: VocabShard) -> None:
+    for name in ("rare", "g1", "g2"):
+        if getattr(gates, name).shape != (len(shard),):
+            raise ValueError(f"gates.{name} has {getattr(gates, name).numel()} rows, the shard has {len(shard)}")
+    padded = shard.world_size * len(shard)
+    if gates.rare_ids is not None and gates.rare_ids.shape != (padded,):
+        raise ValueError(f"gates.rare_ids has {gates.rare_ids.numel()} ids, all shards have {padded}")
+    if gates.rare.dtype != torch.bool or (gates.rare_ids is not None and gates.rare_ids.dtype != torch.bool):
+        raise ValueError(f"gates.rare and gates.rare_ids must be bool, got {gates.rare.dtype}")
+
+
 def _check_targets(target: torch.Tensor, ignore_index: int, shard: VocabShard) -> None:
     outside = (target != ignore_index) & ((target < 0) | (target >= shard.vocab_size))
     if not kernels.values_are_at_hand(target):
-        torch._assert_async(~outside.any())
+        torch._assert_async(~outside.any(), f"a target is outside the vocabulary of {shard.vocab_size} ids")
     elif bool(outside.any()):
         raise IndexError(f"target {int(target[outside][0])} is outside the vocabulary of {shard.vocab_size} ids")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: Job, reduction: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: Job, reduction: str, with_gradients: bool
+    ) -> torch.Tensor:
         ctx.reduction, ctx.job = reduction, job
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if reduction == "none":  # the gradient of each loss is only known in backward
             ctx.save_for_backward(hidden, weight)
             return Sweep(job, hidden, weight, None, False, False).run().losses.to(sum_dtype(hidden.dtype))
-        valid = job.valid()
-        count = valid.sum().to(sum_dtype(hidden.dtype))
-        scale = 1 / count.clamp(min=1) if reduction == "mean" else torch.ones_like(count)
-        row_scale = torch.where(valid, scale, 0)
-        sweep = Sweep(job, hidden, weight, row_scale, needs_hidden, needs_weight).run()
-        ctx.gradients = (sweep.hidden_grad, sweep.weight_grad)
-        return sweep.losses.sum() * scale
+        valid = job.valid().to(sum_dtype(hidden.dtype))
+        # Under no_grad a parameter still says that it needs a gradient.
+        needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
+        sums = Sweep(job, hidden, weight, valid, needs_hidden, needs_weight).run()
+        scale = 1 / valid.sum().clamp(min=1) if reduction == "mean" else valid.new_ones(())
+        ctx.sums, ctx.scale = sums, scale
+        return sums.losses.sum() * scale
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, loss_grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("gated_linear_cross_entropy cannot be differentiated twice (create_graph=True)")
         if ctx.reduction == "none":
             hidden, weight = ctx.saved_tensors
             row_scale = torch.where(ctx.job.valid(), loss_grad.to(sum_dtype(hidden.dtype)), 0)
             job = dataclasses.replace(ctx.job, probe=None)  # it was told in forward
-            sweep = Sweep(job, hidden, weight, row_scale, *ctx.needs_input_grad[:2]).run()
-            return sweep.hidden_grad, sweep.weight_grad, None, None
-        if ctx.gradients is None:
+            sums = Sweep(job, hidden, weight, row_scale, *ctx.needs_input_grad[:2]).run()
+            return *sums.gradients(row_scale.new_ones(()), keep=False), None, None, None
+        if ctx.sums is None:
             raise RuntimeError("backward ran through this loss before; give retain_graph=True to run it again")
-        gradients = ctx.gradients
-        if _keeps_graph():
-            gradients = [None if grad is None else grad.clone() for grad in gradients]
-        else:
-            ctx.gradients = None  # multiplied in place and handed over: a copy of dW would be the peak of memory
-        hidden_grad, weight_grad = (None if grad is None else grad.mul_(loss_grad) for grad in gradients)
-        return hidden_grad, weight_grad, None, None
+        sums, keep = ctx.sums, _keeps_graph()
+        if not keep:
+            ctx.sums = None
+        return *sums.gradients(loss_grad * ctx.scale, keep), None, None, None
 
 
 def _keeps_graph() -> bool:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from agg.decayed_frequency import DecayedTokenFrequency
 from agg.frequency import TokenFrequency
 from agg.gating import Gates, alpha_of_rare_fraction, rarity_gates
-from agg.linear_cross_entropy import gated_linear_cross_entropy
+from agg.linear_cross_entropy import as_under_autocast, check_inputs, check_options, gated_linear_cross_entropy
 from agg.probe import LossProbe
+from agg.same_settings import compare_ranks
 from agg.vocab_shard import VocabShard
 
 
@@ -20,11 +21,15 @@ class AdaptiveGradientGating(torch.nn.Module):
     """A cross-entropy that keeps rare tokens alive; in ``eval()`` the plain cross-entropy.
 
     Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
-    of the step first, then the loss once per micro-batch. Do the one or the other, not both. For the gradient of the
+    of the step first, then the loss once per micro-batch; before the forward pass, which then hides the all-reduce of
+    the counts. Do the one or the other, not both. For the gradient of the
     whole step divide sums (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
 
     A loss that is not finite comes back as it is, as from torch's; unless :meth:`undo_step` takes the step back, all
-    data-parallel ranks raise FloatingPointError in the step after, so that none is left waiting for another.
+    data-parallel ranks raise FloatingPointError in the step after (on a GPU, the one after that), so that none is left
+    waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite.
+
+    Building one is a collective of all ranks of its groups, which compare what they were given.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
@@ -36,6 +41,9 @@ class AdaptiveGradientGating(torch.nn.Module):
         excluded_ids: ids that are never rare (bos, eos, pad, unk).
         data_parallel_group: ranks that see other parts of the global batch.
         ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap: see :func:`~agg.gated_linear_cross_entropy`.
+
+    Raises:
+        ValueError: an option out of its range; on all ranks, settings or shards that do not fit together.
     """
 
     def __init__(
@@ -59,7 +67,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.shard = shard
         self.alpha, self.rare_fraction = alpha, rare_fraction
         self.reference_batch_tokens = reference_batch_tokens
-        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64)
+        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64).cpu()
         self.ignore_index = ignore_index
         self.z_loss, self.soft_cap = z_loss, soft_cap
         self.label_smoothing = label_smoothing
@@ -80,6 +88,26 @@ class AdaptiveGradientGating(torch.nn.Module):
             raise ValueError(f"alpha is {alpha}, must be above 0")
         if rare_fraction is not None and not 0 < rare_fraction < 1:
             raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
+        if not isinstance(reference_batch_tokens, int) or reference_batch_tokens < 1:
+            raise ValueError(
+                f"reference_batch_tokens is {reference_batch_tokens}, must be a whole number of at least 1"
+            )
+        for excluded in self.excluded_ids.tolist():
+            if not 0 <= excluded < shard.vocab_size:
+                raise ValueError(f"excluded_ids has {excluded}, outside the vocabulary of {shard.vocab_size} ids")
+        check_options(label_smoothing, chunk_tokens, z_loss, soft_cap)
+        compare_ranks(
+            shard,
+            data_parallel_group,
+            {
+                "alpha": alpha,
+                "rare_fraction": rare_fraction,
+                "window_steps": window_steps,
+                "window": window,
+                "reference_batch_tokens": reference_batch_tokens,
+                "the hash of excluded_ids": hash(tuple(self.excluded_ids.tolist())),
+            },
+        )
 
     def begin_step(self, targets: torch.Tensor) -> None:
         """Count all targets of this rank in the coming optimizer step, of any shape."""
@@ -122,7 +150,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         if self.training:
             if self._explicit_steps is not True:
                 self._set_explicit(False)
-                self._count(target)
+                self._count(target, _problem_of(hidden, weight, target, self.shard))
             gates = self.current_gates()
         loss = gated_linear_cross_entropy(
             hidden,
@@ -150,9 +178,9 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.frequency.load_state_dict(state)
         self.gates = self._fault = None
 
-    def _count(self, targets: torch.Tensor) -> None:
+    def _count(self, targets: torch.Tensor, problem: Exception | None = None) -> None:
         fault, self._fault, self.gates = self._fault, None, None
-        self.frequency.update(targets, self.ignore_index, fault)
+        self.frequency.update(targets, self.ignore_index, fault, problem)
 
     def _set_explicit(self, explicit: bool) -> None:
         if self._explicit_steps is not None and self._explicit_steps != explicit:
@@ -161,3 +189,14 @@ class AdaptiveGradientGating(torch.nn.Module):
                 "the loss once per step; otherwise targets would be counted twice or not at all"
             )
         self._explicit_steps = explicit
+
+
+def _problem_of(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, shard: VocabShard
+) -> Exception | None:
+    """What the loss would refuse, before the targets are counted."""
+    try:
+        check_inputs(*as_under_autocast(hidden, weight), target, shard)
+    except ValueError as problem:
+        return problem
+    return None

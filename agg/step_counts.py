@@ -5,17 +5,28 @@ Letters: K window in optimizer steps, V_local rows of this rank's vocabulary sha
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from agg import kernels
+from agg.host_copy import HostCopy
 from agg.vocab_shard import VocabShard
 
 STATE_VERSION = 1
+# The last entries of a step's histogram: what each number above 0 raises on all data-parallel ranks.
+COMPLAINTS: tuple[tuple[type[Exception], str], ...] = (
+    (ValueError, "{count} targets of this step are outside the vocabulary of {vocab_size} ids"),
+    (
+        FloatingPointError,
+        "the loss of the step before was not finite on {count} data-parallel ranks; hidden states or weights hold "
+        "NaN or infinity",
+    ),
+    (ValueError, "{count} data-parallel ranks could not take part in this step; their own messages say why"),
+)
 
 
 class StepCounts(ABC):
@@ -27,14 +38,16 @@ class StepCounts(ABC):
         data_parallel_group: ranks that see other parts of the same global batch; None: this rank sees all of it.
 
     Raises:
-        ValueError: ``window_steps`` below 1.
+        ValueError: ``window_steps`` is not a whole number of at least 1, or this rank is not in the group.
     """
 
     def __init__(
         self, shard: VocabShard, window_steps: int, data_parallel_group: dist.ProcessGroup | None = None
     ) -> None:
-        if window_steps < 1:
-            raise ValueError(f"window_steps is {window_steps}, must be at least 1")
+        if not isinstance(window_steps, int) or window_steps < 1:
+            raise ValueError(f"window_steps is {window_steps}, must be a whole number of at least 1")
+        if data_parallel_group is not None and dist.get_rank(data_parallel_group) < 0:
+            raise ValueError("this rank is not in the data-parallel group that it was given")
         self.shard = shard
         self.window_steps = window_steps
         self._group = data_parallel_group
@@ -43,6 +56,15 @@ class StepCounts(ABC):
         self._updates = 0
         self._totals: torch.Tensor | None = None  # [V_local + 1], the last entry counts all targets
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+        self._complaints: HostCopy | None = None  # of the last histogram, looked at once that costs no wait
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepCounts:
+        self._settled()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self._group)] = self._group  # groups are shared, and cannot be copied
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @property
     def steps(self) -> int:
@@ -60,30 +82,52 @@ class StepCounts(ABC):
         """[]: targets counted in the window, all data-parallel ranks, whole vocabulary."""
         return self._settled()[-1]
 
-    def update(self, targets: torch.Tensor, ignore_index: int = -100, fault: torch.Tensor | None = None) -> None:
+    def update(
+        self,
+        targets: torch.Tensor,
+        ignore_index: int = -100,
+        fault: torch.Tensor | None = None,
+        problem: Exception | None = None,
+    ) -> None:
         """Count one optimizer step. The all-reduce runs in the background until a count is read.
+
+        What is wrong on one data-parallel rank is told with the counts, so that none is left waiting for another.
 
         Args:
             targets: global ids of any shape, all targets of this rank in this step. Every data-parallel rank
                 calls once per step, with an empty tensor if it has none. Fewer than 2**31 over all ranks.
             ignore_index: targets with this value are not counted.
             fault: bool [], this rank's loss of the step before was not finite; travels with the counts.
+            problem: why this rank cannot take part in the step; it is raised here, and told to the others.
 
         Raises:
-            ValueError: when the counts are next read, on all ranks of the group, if any of them gave an id
-                outside the vocabulary.
+            ValueError: on all ranks of the group, when the counts are next read, if any of them gave an id outside
+                the vocabulary, or had a problem. On a GPU, where looking would stall it, at the update after that.
             FloatingPointError: likewise, if any of them told of a fault.
-                On a GPU, where looking would stall it, both are device-side assertions.
+            TypeError: targets that are not integers.
         """
+        self._raise_complaints()
         totals = self._settled(targets.device)
         if totals.device != targets.device:  # loaded from a checkpoint
             self._totals = totals.to(targets.device)
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            problem = problem or TypeError(f"targets must be integer ids, got {targets.dtype}")
+        if problem is not None:
+            self._tell(problem, targets.device)
         histogram = step_histogram(targets, self.shard, ignore_index)
         if fault is not None:
-            histogram[-1] = fault
+            histogram[-2] = fault
         delta = self._outgoing(histogram)
         work = dist.all_reduce(delta, group=self._group, async_op=True) if self._world_size > 1 else None
         self._pending = (work, delta)
+
+    def _tell(self, problem: Exception, device: torch.device) -> NoReturn:
+        """Take part in the all-reduce of this step with nothing but the news of ``problem``, and raise it."""
+        if self._world_size > 1:
+            histogram = torch.zeros(len(self.shard) + len(COMPLAINTS) + 1, dtype=torch.int32, device=device)
+            histogram[-1] = 1
+            dist.all_reduce(self._outgoing(histogram), group=self._group)
+        raise problem
 
     def _settled(self, device: torch.device | None = None) -> torch.Tensor:
         """The totals, after the all-reduce under way has been added."""
@@ -94,9 +138,24 @@ class StepCounts(ABC):
             if work is not None:
                 work.wait()
             self._pending = None
-            self._apply(checked_histogram(delta, self.shard))
+            counts, self._complaints = delta[: -len(COMPLAINTS)], HostCopy(delta[-len(COMPLAINTS) :])
+            if self._complaints.is_here:
+                self._raise_complaints()
+            self._apply(counts)
             self._updates += 1
         return self._totals
+
+    def _raise_complaints(self) -> None:
+        """
+        Raises:
+            ValueError, FloatingPointError: see :meth:`update`.
+        """
+        complaints, self._complaints = self._complaints, None
+        if complaints is None:
+            return
+        for (error, message), count in zip(COMPLAINTS, complaints.get().tolist(), strict=True):
+            if count:
+                raise error(message.format(count=count, vocab_size=self.shard.vocab_size))
 
     def _outgoing(self, histogram: torch.Tensor) -> torch.Tensor:
         """What this rank gives to the all-reduce, from its histogram of the step."""
@@ -167,36 +226,17 @@ class StepCounts(ABC):
 
 
 def step_histogram(targets: torch.Tensor, shard: VocabShard, ignore_index: int) -> torch.Tensor:
-    """int32 [V_local + 3]: occurrences of each row; how many targets; how many outside the vocabulary; 0."""
+    """int32 [V_local + 4]: occurrences of each row; how many targets; how many outside the vocabulary; 0, 0."""
     size = len(shard)
     flat = targets.reshape(-1)
     counted = flat != ignore_index
     outside = counted & ((flat < 0) | (flat >= shard.vocab_size))
     rows, here = shard.to_local(flat)
-    histogram = torch.zeros(size + 3, dtype=torch.int32, device=targets.device)
+    histogram = torch.zeros(size + 1 + len(COMPLAINTS), dtype=torch.int32, device=targets.device)
     # Others land in the last entry, which is cleared: picking them out would make a GPU wait.
     histogram.index_add_(
-        0, torch.where(here & counted & ~outside, rows, size + 2), torch.ones_like(flat, dtype=torch.int32)
+        0, torch.where(here & counted & ~outside, rows, len(histogram) - 1), torch.ones_like(flat, dtype=torch.int32)
     )
-    histogram[size:] = torch.stack([counted.sum(), outside.sum(), torch.zeros_like(counted.sum())])
+    none = torch.zeros_like(counted.sum())
+    histogram[size:] = torch.stack([counted.sum(), outside.sum(), none, none])
     return histogram
-
-
-def checked_histogram(histogram: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """[V_local + 1]: without the last two entries, which must be 0 on all ranks.
-
-    Raises:
-        ValueError, FloatingPointError: see :meth:`StepCounts.update`.
-    """
-    outside, faults = histogram[-2], histogram[-1]
-    if not kernels.values_are_at_hand(histogram):
-        torch._assert_async(outside == 0)
-        torch._assert_async(faults == 0)
-    elif outside > 0:
-        raise ValueError(f"{int(outside)} targets of this step are outside the vocabulary of {shard.vocab_size} ids")
-    elif faults > 0:
-        raise FloatingPointError(
-            f"the loss of the step before was not finite on {int(faults)} data-parallel ranks; hidden states or "
-            "weights hold NaN or infinity"
-        )
-    return histogram[:-2]

@@ -12,6 +12,7 @@ import torch
 
 from agg import kernels
 from agg.gating import Gates
+from agg.gradient_sums import GradientSums
 from agg.probe import LossProbe, probe_columns
 from agg.vocab_shard import VocabShard
 
@@ -48,14 +49,15 @@ class Job:
 class Sweep:
     """
     Positions are taken in the order: target rare, target not rare, ignored. The chunk in which the rare ones end is
-    the turn: there the sum so far and the rows of P that are rare get the factor ``between``.
+    the turn: there the sum so far and the rows of P that are rare get the factor ``between``. The factor ``after`` of
+    both is left to :class:`~agg.gradient_sums.GradientSums`, which multiplies in any case.
 
     Args:
         hidden: [T, D]. weight: [V_local, D].
-        row_scale: [T], d(result)/d(loss of a position), 0 where ignored; None without gradients.
+        row_scale: [T], what the loss of a position counts for, 0 where ignored; None without gradients.
 
     Attributes:
-        losses: [T], 0 where ignored. hidden_grad: [T, D] or None. weight_grad: [V_local, D] or None.
+        losses: [T], 0 where ignored.
     """
 
     def __init__(
@@ -71,15 +73,18 @@ class Sweep:
         self.real = weight[: job.shard.real]  # rows that only pad take no part
         self.sum_dtype = sum_dtype(hidden.dtype)
         self.losses = torch.zeros(hidden.shape[0], dtype=self.sum_dtype, device=hidden.device)
-        self.hidden_grad: torch.Tensor | None = None
-        self.weight_grad: torch.Tensor | None = None
         self._valid = job.valid()
         self._rows, self._here = job.shard.to_local(job.target)
         self._is_rare = job.target_is_rare()
         self._own_p = torch.zeros_like(self.losses)  # what _add_p adds at each target; 0 where held elsewhere
         self._own_slope: torch.Tensor | None = torch.ones_like(self.losses) if job.soft_cap else None
-        self._hidden_sum = torch.zeros_like(hidden, dtype=self.sum_dtype) if needs_hidden else None
-        self._weight_sum = torch.zeros_like(weight, dtype=self.sum_dtype) if needs_weight else None
+        self._hidden_sum: torch.Tensor | None = None
+        if needs_hidden:
+            self._hidden_sum = torch.zeros(hidden.shape, dtype=self.sum_dtype, device=hidden.device)
+        self._weight_sum: torch.Tensor | None = None
+        if needs_weight:
+            self._weight_sum = torch.empty(weight.shape, dtype=self.sum_dtype, device=weight.device)
+            self._weight_sum[job.shard.real :] = 0
         self._factors = None if job.gates is None else row_factors(job.gates, hidden.dtype)
         self._probe_columns: torch.Tensor | None = None
         if job.probe is not None and job.gates is not None:
@@ -88,23 +93,26 @@ class Sweep:
         self._row_sum = self.real.sum(0, dtype=self.sum_dtype) if job.label_smoothing else None  # local, [D]
         self._row_sum_all = None if self._row_sum is None else job.shard.all_reduce(self._row_sum.clone())
 
-    def run(self) -> Sweep:
-        order = self._order()
-        rare_count = self._is_rare.sum()
-        self._logits = self.hidden.new_empty(min(self.job.chunk_tokens, len(order)), self.real.shape[0])
-        for first in range(0, len(order), self.job.chunk_tokens):
-            self._chunk(order[first : first + self.job.chunk_tokens], first, rare_count)
+    def run(self) -> GradientSums:
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            self._chunks()
+            factor = None if self._weight_sum is None else self._complete_rows()
         if self.job.probe is not None:
             self.job.probe.token_losses.append((self.job.target, self.losses))
-        if self._weight_sum is not None:
-            if self._factors is not None:
-                self._weight_sum.mul_(self._factors[1][:, None])
-            self._add_smoothing()
-            self._add_target_entries()
-            self.weight_grad = self._weight_sum.to(self.hidden.dtype)
         if self._hidden_sum is not None:
-            self.hidden_grad = self.job.shard.all_reduce(self._hidden_sum).to(self.hidden.dtype)
-        return self
+            self.job.shard.all_reduce(self._hidden_sum)
+        return GradientSums(self.losses, self._hidden_sum, self._weight_sum, factor, self.hidden.dtype)
+
+    def _chunks(self) -> None:
+        order = self._order()
+        if self._weight_sum is not None and len(order) == 0:
+            self._weight_sum.zero_()
+        rare_count = self._is_rare.sum()
+        size = self.job.chunk_tokens
+        self._logits = kernels.logits_buffer(self.hidden, min(size, len(order)), len(self.real))
+        for first in range(0, len(order), size):
+            self._chunk(order[first : first + size], first, rare_count)
+        del self._logits  # before dW is rounded
 
     def _order(self) -> torch.Tensor:
         """int64: indices of the positions in the order of their classes; without the ignored if that costs no wait."""
@@ -165,25 +173,34 @@ class Sweep:
             kernels.gate_leading_rows_(local_p, between, torch.where(is_turn, rare_here, 0))
             if first:
                 kernels.scale_rows_if_(total, between, is_turn)
-        if self.sum_dtype == self.hidden.dtype:
-            total.addmm_(local_p.T, scaled)
-        else:
-            total += local_p.T @ scaled
+        kernels.add_product_(total, local_p.T, scaled, anew=first == 0)
+
+    def _complete_rows(self) -> torch.Tensor | None:
+        """Add to dW what is not P; returns the factor [V_local] that its rows still lack, if they lack any."""
+        assert self._weight_sum is not None
+        self._add_smoothing()
+        factor = None
+        if self._factors is not None:
+            after = self._factors[1]
+            # No gate holds what is added at a target: its row gets its factor before. Row 0 may be among them.
+            at_hand = torch.zeros_like(after, dtype=torch.bool).index_fill_(0, self._rows, True)
+            always = torch.ones((), dtype=torch.bool, device=after.device)
+            kernels.scale_rows_if_(self._weight_sum, torch.where(at_hand, after, 1), always)
+            factor = torch.where(at_hand, 1, after)
+        self._add_target_entries()
+        return factor
 
     def _add_smoothing(self) -> None:
         """The part of ``-Y'`` that is the same for all ids, gated like P."""
         if not self.job.label_smoothing:
             return
         assert self._weight_sum is not None and self.row_scale is not None
-        gates, hidden = self.job.gates, self.hidden.to(self.sum_dtype)
+        hidden = self.hidden.to(self.sum_dtype)
         of_rare = torch.where(self._is_rare, self.row_scale, 0)
-        gate = self._weight_sum.new_ones(len(self._weight_sum)) if gates is None else gates.g1.to(self.sum_dtype)
-        columns = [(gate, self.row_scale - of_rare)]
-        if gates is not None:
-            columns.append((gates.g2.to(self.sum_dtype), of_rare))
-        for gate, scale in columns:
-            total = scale @ hidden  # [D]
-            self._weight_sum[: len(self.real)].addr_(gate[: len(self.real)], total, alpha=-self._smoothing_per_id)
+        open_ = torch.ones(len(self.real), dtype=self.sum_dtype, device=hidden.device)
+        between = open_ if self._factors is None else self._factors[0][: len(self.real)]
+        for factor, scale in ((open_, self.row_scale - of_rare), (between, of_rare)):
+            self._weight_sum[: len(self.real)].addr_(factor, scale @ hidden, alpha=-self._smoothing_per_id)
 
     def _add_target_entries(self) -> None:
         """``- Y``, and what the gate took from the target's own entry of P, which is exempt."""
@@ -197,7 +214,7 @@ class Sweep:
         coefficient *= self.row_scale * self._here
         for chunk in torch.arange(len(self.hidden), device=self.hidden.device).split(self.job.chunk_tokens):
             entries = self.hidden[chunk].to(self.sum_dtype) * coefficient[chunk][:, None]
-            self._weight_sum.index_add_(0, self._rows[chunk], entries)
+            kernels.add_rows_(self._weight_sum, self._rows[chunk], entries)
 
 
 def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

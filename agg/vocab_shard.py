@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ class VocabShard:
             raise ValueError(f"a shard needs 0 <= start < stop, got [{self.start}, {self.stop})")
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}, must be at least 1")
+        if self.group is not None and dist.get_rank(self.group) < 0:
+            raise ValueError("this rank is not in the tensor-parallel group that it was given")
         if self.world_size > 1:
             rank, size = dist.get_rank(self.group), len(self)
             if self.start != rank * size or self.world_size * size < self.vocab_size:
@@ -60,6 +63,9 @@ class VocabShard:
         size = padded // world_size
         return cls(rank * size, (rank + 1) * size, vocab_size, group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabShard:
+        return self  # as nothing in it changes, and groups cannot be copied
+
     def __len__(self) -> int:
         return self.stop - self.start
 
@@ -71,6 +77,17 @@ class VocabShard:
     @property
     def world_size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            ValueError: without a group, these rows are not all.
+        """
+        if self.world_size == 1 and (self.start, self.real) != (0, self.vocab_size):
+            raise ValueError(
+                f"the shard [{self.start}, {self.stop}) is a part of {self.vocab_size} ids, but names no group that "
+                "holds the others"
+            )
 
     def to_local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of global ids, and which of them are here. Rows of ids held elsewhere are 0."""

@@ -132,11 +132,16 @@ def _activations(recipe: Recipe) -> int:
 
 
 def _loss(recipe: Recipe, rows: int) -> int:
-    """See :mod:`agg.sweep`: sums in float32; in bf16 also a chunk's share of dW, and the dH that is handed on."""
+    """See :mod:`agg.sweep`: sums in float32, beside them first a chunk of logits, then in bf16 what is handed on."""
     tokens, width = recipe.batch.micro_batch_size * recipe.model.sequence_length, _width(recipe)
-    chunk = min(tokens, default_chunk_tokens(rows, "cpu" if recipe.device == "cpu" else "cuda"))
-    sums = 4 + (width if width == 2 else 0)
-    return width * chunk * rows + sums * (rows + tokens) * recipe.model.hidden_size
+    device = "cpu" if recipe.device == "cpu" else "cuda"
+    logits = width * default_chunk_tokens(rows, tokens, device) * rows
+    gradients = (rows + tokens) * recipe.model.hidden_size
+    if width == 4:
+        return 4 * gradients + logits
+    if device == "cpu":  # where bf16 is multiplied in float32
+        logits *= 3
+    return 4 * gradients + max(logits, 2 * gradients)
 
 
 def _token_counts(recipe: Recipe, ranks: int, rows: int, steps_per_epoch: int | None) -> tuple[int, int]:

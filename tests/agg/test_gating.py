@@ -73,11 +73,22 @@ def test_rare_fraction_is_what_is_asked_for(fraction, scale):
 
 def test_rare_fraction_with_equal_counts_special_and_unseen_ids():
     counts = [5, 5, 5, 5, 9, 9, 20, 30, 0, 0, 1, 1]
-    assert fraction_gates(counts, 0.5).rare.tolist() == [False] * 8 + [True] * 4  # 7 of 10 would be too many
+    assert fraction_gates(counts, 0.5).rare.tolist() == [True] * 4 + [False] * 4 + [True] * 4  # 6 of 10; 2 are further
+    assert fraction_gates(counts, 0.3).rare.tolist() == [False] * 8 + [True] * 4  # 2 of 10; 6 are further
     assert fraction_gates(counts, 0.6, excluded_ids=(8, 10)).rare.tolist() == (
         [True] * 4 + [False] * 4 + [False, True, False, True]
     )
-    assert not fraction_gates([7, 3, 0, 0], 0.1).rare.any()
+    assert not fraction_gates([7, 3], 0.1).rare.any() and not fraction_gates([5, 5, 5], 0.9).rare.any()
+    unseen = fraction_gates([7, 3, 0, 0], 0.1)
+    assert unseen.rare.tolist() == [False, False, True, True]
+    assert not fraction_gates([0, 0, 0], 0.5).rare.any()
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.39, 0.41, 0.5])
+def test_rare_fraction_where_many_ids_occurred_once(fraction):
+    """As on a young corpus: 40 of 100 ids with one occurrence are nearer to the share than none."""
+    counts = [1] * 40 + [2] * 30 + list(range(3, 33))
+    assert fraction_gates(counts, fraction).rare.sum() == 40
 
 
 def split_fraction(rank, world_size):

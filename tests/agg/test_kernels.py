@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from agg import AdaptiveGradientGating, frequency, gated_linear_cross_entropy, kernels, triton_kernels
+from agg import (
+    AdaptiveGradientGating,
+    LossProbe,
+    TokenFrequency,
+    VocabShard,
+    frequency,
+    gated_linear_cross_entropy,
+    kernels,
+    step_counts,
+    triton_kernels,
+)
 from tests.agg.problems import dense_answer, make_problem, weigh
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "item")
@@ -31,7 +41,24 @@ def on_device(monkeypatch):
 
 @pytest.fixture
 def with_triton(on_device, monkeypatch):
+    """Logits with a padded stride, Triton, and products summed in float32, as on a GPU."""
+    addmm = torch.addmm
+
+    def mixed_addmm(total, left, right, *, beta, out, out_dtype=None):
+        if out_dtype is None:
+            return addmm(total, left, right, beta=beta, out=out)
+        # What torch asks for on a GPU, and what it does there.
+        assert left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
+        assert out is total and total.dtype == out_dtype == torch.float32
+        return addmm(total, left.float(), right.float(), beta=beta, out=out)
+
+    def padded(like, tokens, columns):
+        return like.new_full((tokens, columns + 11), torch.nan)[:, :columns]
+
     monkeypatch.setattr(kernels, "_triton_for", lambda tensor: triton_kernels)
+    monkeypatch.setattr(kernels, "_mixed_addmm_for", lambda tensor: True)
+    monkeypatch.setattr(kernels, "logits_buffer", padded)
+    monkeypatch.setattr(torch, "addmm", mixed_addmm)
 
 
 def random_chunk(dtype: torch.dtype, columns: int = 517):
@@ -41,7 +68,7 @@ def random_chunk(dtype: torch.dtype, columns: int = 517):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [1, 517, 5000])
+@pytest.mark.parametrize("columns", [1, 512, 517, 70_000])  # whole blocks, with a rest, and several
 def test_triton_softmax_equals_torchs(with_triton, dtype, columns):
     """Error budget: twice that of torch's softmax in fp32, and the rounding to ``dtype``."""
     logits, target = random_chunk(dtype, columns)
@@ -54,6 +81,15 @@ def test_triton_softmax_equals_torchs(with_triton, dtype, columns):
     assert (p.double() / truth - 1).abs()[held].max() <= 2 * budget + torch.finfo(dtype).eps
     assert torch.allclose(log_norm.double(), exact.logsumexp(1), rtol=1e-6)
     assert torch.equal(own.double(), exact.gather(1, target[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("columns", [517, 512])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(with_triton, columns, bad):
+    logits, target = random_chunk(torch.float32, columns)
+    logits[3, 100] = logits[5, columns - 1] = bad
+    _, log_norm, _ = kernels.softmax_rows_(logits, target, torch.float32)
+    assert torch.isfinite(log_norm).tolist() == [row not in (3, 5) for row in range(9)]
 
 
 @pytest.mark.parametrize("path", ["on_device", "with_triton"])
@@ -72,15 +108,20 @@ def test_leading_rows_are_gated(request, path, count):
 def test_rows_are_scaled_if(request, path, condition):
     request.getfixturevalue(path)
     matrix, _ = random_chunk(torch.float32)
-    factor = torch.linspace(0, 2, 9)
+    factor = torch.linspace(0, 2, 9)  # 1 in the middle: that row is left alone
     expected = matrix * factor[:, None] if condition else matrix.clone()
     kernels.scale_rows_if_(matrix, factor, torch.tensor(condition))
     assert torch.equal(matrix, expected)
 
 
-def answer(problem, dtype, **options):
-    hidden = problem.hidden.to(dtype, copy=True).requires_grad_()
-    weight = problem.weight.to(dtype, copy=True).requires_grad_()
+def transposed(tensor):
+    """The same values in the storage of the transposed matrix."""
+    return tensor.T.contiguous().T
+
+
+def answer(problem, dtype, laid_out=torch.clone, **options):
+    hidden = laid_out(problem.hidden.to(dtype, copy=True)).requires_grad_()
+    weight = laid_out(problem.weight.to(dtype, copy=True)).requires_grad_()
     loss = gated_linear_cross_entropy(
         hidden, weight, problem.target, problem.gates, problem.shard(0, 1), chunk_tokens=7, **options
     )
@@ -98,36 +139,83 @@ def test_the_path_of_a_gpu_equals_the_papers_formula(on_device, reduction, alpha
         assert torch.allclose(got, expected, rtol=0, atol=1e-12)
 
 
-def test_the_path_of_a_gpu_with_triton(with_triton):
-    """Error budget: no further from fp64 than the same path of torch in fp32, plus 20 %."""
+@pytest.mark.parametrize(
+    ("dtype", "laid_out", "options"),
+    [
+        (torch.float32, torch.clone, {}),
+        (torch.float32, transposed, {"label_smoothing": 0.1, "reduction": "none"}),
+        (torch.float32, transposed, {"soft_cap": 20.0}),
+        (torch.bfloat16, torch.clone, {"label_smoothing": 0.1, "reduction": "none"}),
+        (torch.bfloat16, transposed, {"z_loss": 0.03, "reduction": "sum"}),
+    ],
+)
+def test_the_path_of_a_gpu_with_triton(with_triton, dtype, laid_out, options):
+    """Error budget: no further from the path of the CPU in fp64 than that path in ``dtype``, plus 20 %."""
     problem = make_problem(ignored=0.3)
-    with_triton_, exact = answer(problem, torch.float32), dense_answer(problem)
+    got = answer(problem, dtype, laid_out, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_triton_for", lambda tensor: None)
-        plain = answer(problem, torch.float32)
-    for got, reference, truth in zip(with_triton_, plain, exact, strict=True):
-        error, budget = ((x.double() - truth).abs().max() / truth.abs().max() for x in (got, reference))
-        assert error <= 1.2 * budget + torch.finfo(torch.float32).eps
+        patch.setattr(kernels, "values_are_at_hand", lambda tensor: True)
+        plain, exact = answer(problem, dtype, **options), answer(problem, torch.float64, **options)
+    for one, reference, truth in zip(got, plain, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max() / truth.abs().max() for x in (one, reference))
+        assert error <= 1.2 * budget + torch.finfo(dtype).eps
+
+
+def test_products_of_bfloat16_are_summed_in_float32(with_triton, monkeypatch):
+    """On a GPU and on the CPU alike; a sum in bfloat16 would lose all but the first of these."""
+    left, right = torch.full((3, 1), 2**-9).bfloat16(), torch.ones(1, 2).bfloat16()
+    for on_gpu in (True, False):
+        monkeypatch.setattr(kernels, "_mixed_addmm_for", lambda tensor, on_gpu=on_gpu: on_gpu)
+        total = torch.full((3, 2), torch.nan)
+        kernels.add_product_(total, torch.ones(3, 1).bfloat16(), right, anew=True)
+        for _ in range(4):
+            kernels.add_product_(total, left, right, anew=False)
+        assert torch.equal(total, torch.full((3, 2), 1 + 4 * 2**-9))
 
 
 @pytest.mark.parametrize("window", ["sliding", "exponential"])
-def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window):
+@pytest.mark.parametrize(
+    ("reduction", "options"),
+    [("mean", {"label_smoothing": 0.1}), ("sum", {"z_loss": 0.01, "soft_cap": 20.0}), ("none", {"z_loss": 0.01})],
+)
+def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduction, options):
     """Nor does the window: what it makes sparse lies in host memory by then."""
     problem = make_problem()
     module = AdaptiveGradientGating(
-        problem.shard(0, 1), rare_fraction=0.3, window_steps=1, window=window, excluded_ids=(1,), label_smoothing=0.1
+        problem.shard(0, 1), rare_fraction=0.3, window_steps=1, window=window, excluded_ids=(1,), **options
     )
+    probe = LossProbe()
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
 
-    def on_the_host(histogram):
-        with _disable_current_modes():
-            return sparse(histogram)
+    def on_the_host(function):
+        def run(*args):
+            with _disable_current_modes():
+                return function(*args)
 
-    sparse = frequency._sparse
-    monkeypatch.setattr(frequency, "_sparse", on_the_host)
+        return run
+
+    monkeypatch.setattr(frequency, "_sparse", on_the_host(frequency._sparse))
+    complaints = step_counts.StepCounts._raise_complaints
+    monkeypatch.setattr(step_counts.StepCounts, "_raise_complaints", on_the_host(complaints))
     with NoWait():
         for _ in range(3):
-            module(hidden, weight, problem.target).backward()
+            weigh(module(hidden, weight, problem.target, reduction, probe)).backward()
     assert module.frequency.steps == 1 and module.current_gates().rare.any()
     with pytest.raises(AssertionError, match="waits"), NoWait():
         problem.target.nonzero()
+
+
+def test_what_is_wrong_is_told_a_step_later(on_device):
+    """Where looking at once would stall the device, and in words: an assertion there would end the process."""
+    frequency = TokenFrequency(VocabShard(0, 512, 507), 3)
+    frequency.update(torch.tensor([3, 507]))
+    assert frequency.steps == 1
+    with pytest.raises(ValueError, match="1 targets of this step are outside the vocabulary of 507 ids"):
+        frequency.update(torch.tensor([3]))
+    problem = make_problem()
+    module = AdaptiveGradientGating(problem.shard(0, 1), alpha=0.3, window_steps=2)
+    for hidden in (problem.hidden * torch.nan, problem.hidden):
+        module(hidden, problem.weight, problem.target)
+    with pytest.raises(FloatingPointError, match="not finite on 1 data-parallel ranks"):
+        module(problem.hidden, problem.weight, problem.target)

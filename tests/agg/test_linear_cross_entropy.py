@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from agg import Gates, VocabShard, gated_linear_cross_entropy
+from agg import Gates, VocabShard, gated_linear_cross_entropy, kernels
+from agg.linear_cross_entropy import default_chunk_tokens
 from tests.agg.problems import Problem, dense_answer, make_problem, weigh
 
 
@@ -157,6 +158,44 @@ def test_backward_again_over_a_kept_graph():
         torch.autograd.grad(2 * loss, hidden)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_is_formed_where_none_is_wanted(monkeypatch, reduction):
+    """Also under no_grad with a parameter, as in evaluation: it would cost a V x D sum."""
+    problem = make_problem()
+    weight = torch.nn.Parameter(problem.weight.clone())
+    monkeypatch.setattr(kernels, "add_product_", lambda *_, **__: pytest.fail("dW is formed"))
+    with torch.no_grad():
+        gated_linear_cross_entropy(
+            problem.hidden, weight, problem.target, problem.gates, problem.shard(0, 1), reduction=reduction
+        )
+
+
+def test_float16_under_a_loss_scaler():
+    """Error budget: that of torch's own cross-entropy in float16, plus 10 %: nothing underflows before the scale."""
+    problem = make_problem(tokens=2048, hidden_size=32, ignored=0.0)
+    problem.weight.mul_(0.02)  # as weights are; a mean over 2,048 tokens then lies among float16's subnormal numbers
+    truth = dense_answer(problem, gated=False)
+    answers = []
+    for mine in (True, False):
+        hidden, weight = problem.hidden.half().requires_grad_(), problem.weight.half().requires_grad_()
+        if mine:
+            loss = gated_linear_cross_entropy(hidden, weight, problem.target, None, problem.shard(0, 1))
+        else:
+            loss = F.cross_entropy((hidden @ weight[:507].T).float(), problem.target)
+        (2.0**14 * loss).backward()
+        answers.append((hidden.grad.double() / 2**14, weight.grad.double() / 2**14))
+    for got, reference, exact in zip(*answers, truth[1:], strict=True):
+        error, budget = ((x - exact).abs().max() / exact.abs().max() for x in (got, reference))
+        assert error <= 1.1 * budget
+
+
+def test_chunks_are_as_long_as_each_other():
+    for rows, tokens in ((32_768, 4_096), (50_257, 8_192), (131_072, 2_048), (8_192, 1_000), (100, 7)):
+        limit, chunk = max(256, 2**24 // rows), default_chunk_tokens(rows, tokens, "cpu")
+        assert chunk <= min(tokens, limit + 31) and -(-tokens // chunk) <= -(-tokens // limit)
+    assert default_chunk_tokens(131_072, 8_192, "cuda") == 4_096 and default_chunk_tokens(100, 0, "cpu") == 1
+
+
 def test_differentiating_twice_is_refused():
     problem = make_problem()
     hidden = problem.hidden.clone().requires_grad_()
@@ -176,6 +215,9 @@ def test_differentiating_twice_is_refused():
         ({"hidden": torch.zeros(96, 16)}, ValueError, "one floating dtype"),
         ({"shard": VocabShard(0, 256, 507)}, ValueError, "512 rows"),
         ({"gates": Gates(torch.zeros(3), torch.zeros(3), torch.zeros(3))}, ValueError, "gates.rare has 3 rows"),
+        ({"gates": Gates(*torch.zeros(3, 512))}, ValueError, "must be bool"),
+        ({"gates": Gates(torch.ones(512).bool(), *torch.zeros(3, 512))}, ValueError, "must be bool"),
+        ({"gates": Gates(torch.ones(512).bool(), *torch.zeros(2, 512), torch.zeros(9))}, ValueError, "has 9 ids"),
         ({"reduction": "average"}, ValueError, "reduction is 'average'"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing is 1.0"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens is 0"),

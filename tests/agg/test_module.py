@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -90,6 +92,43 @@ def test_under_autocast_mixed_dtypes_are_cast():
     assert torch.allclose(loss.double(), module.eval()(problem.hidden, problem.weight, problem.target), rtol=1e-2)
 
 
+def test_a_copy_counts_on_its_own():
+    """As an average of weights keeps one."""
+    problem = make_problem()
+    module = build(problem)
+    module(problem.hidden, problem.weight, problem.target)
+    twin = copy.deepcopy(module)
+    module(problem.hidden, problem.weight, problem.target)
+    assert (twin.frequency.steps, module.frequency.steps) == (1, 2)
+    assert torch.equal(2 * twin.frequency.appearances, module.frequency.appearances)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, "target must be"),
+        ({"hidden": torch.zeros(96, 16)}, ValueError, "one floating dtype"),
+        ({"target": torch.zeros(96)}, ValueError, "target must be int64"),
+    ],
+)
+def test_a_refused_call_is_not_counted(change, error, message):
+    problem = make_problem()
+    module = build(problem)
+    right = {"hidden": problem.hidden, "weight": problem.weight, "target": problem.target}
+    with pytest.raises(error, match=message):
+        module(**(right | change))
+    module(**right)
+    assert module.frequency.steps == 1
+
+
+def test_targets_that_are_no_ids():
+    module = build(make_problem())
+    with pytest.raises(TypeError, match="targets must be integer ids, got torch.float32"):
+        module.begin_step(torch.zeros(3))
+    module.begin_step(torch.zeros(3, dtype=torch.int32))
+    assert module.frequency.appearances[0] == 3
+
+
 def test_mixing_the_two_ways_of_counting_is_refused():
     problem = make_problem()
     module = build(problem)
@@ -107,6 +146,12 @@ def test_mixing_the_two_ways_of_counting_is_refused():
         ({"rare_fraction": 0.2}, "not both"),
         ({"alpha": None, "rare_fraction": 1.0}, "below 1"),
         ({"window": "fading"}, "window is 'fading'"),
+        ({"window_steps": 2.5}, "window_steps is 2.5"),
+        ({"reference_batch_tokens": float("nan")}, "reference_batch_tokens is nan"),
+        ({"excluded_ids": (3, 507)}, "excluded_ids has 507, outside the vocabulary of 507 ids"),
+        ({"label_smoothing": 2.0}, "label_smoothing is 2.0"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
     ],
 )
 def test_bad_input(options, message):

@@ -43,27 +43,27 @@ def differs(got, expected) -> list[str]:
 
 def changed_run(change):
     def run(self):
-        sweep_run(self)
-        change(self)
-        return self
+        sums = sweep_run(self)
+        change(self, sums)
+        return sums
 
     return run
 
 
-def zero_weight_grad(sweep):
-    sweep.weight_grad.zero_()
+def zero_weight_grad(sweep, sums):
+    sums.weight.zero_()
 
 
-def negate_weight_grad(sweep):
-    sweep.weight_grad.neg_()
+def negate_weight_grad(sweep, sums):
+    sums.weight.neg_()
 
 
-def negate_hidden_grad(sweep):
-    sweep.hidden_grad.neg_()
+def negate_hidden_grad(sweep, sums):
+    sums.hidden.neg_()
 
 
-def gate_hidden_grad(sweep):
-    sweep.hidden_grad[sweep.job.target_is_rare()] *= 0.5
+def gate_hidden_grad(sweep, sums):
+    sums.hidden[sweep.job.target_is_rare()] *= 0.5
 
 
 def no_factors(gates, dtype):

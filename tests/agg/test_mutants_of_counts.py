@@ -60,13 +60,13 @@ def smoothing_over_the_shard(self):
 
 def ungated_smoothing(self):
     """Gives back what the gates took from eps / V; the target's own entry is exempt in any case."""
-    sweep_run(self)
-    job, real = self.job, self.job.shard.real
+    sums, job, real = sweep_run(self), self.job, self.job.shard.real
     gate = torch.where(job.target_is_rare()[:, None], job.gates.g2, job.gates.g1)[:, :real].to(self.hidden.dtype)
     gate[job.valid(), job.target[job.valid()]] = 1
     taken = (1 - gate) * self.row_scale[:, None] * job.label_smoothing / job.shard.vocab_size
-    self.weight_grad[:real] -= taken.T @ self.hidden
-    return self
+    weight = sums.weight * sums.weight_factor[:, None]
+    weight[:real] -= taken.T @ self.hidden
+    return dataclasses.replace(sums, weight=weight, weight_factor=None)
 
 
 def undivided_by_a_closed_gate(gates, dtype):
@@ -76,9 +76,9 @@ def undivided_by_a_closed_gate(gates, dtype):
 
 
 def zeroed_hidden_grad(self):
-    sweep_run(self)
-    self.hidden_grad.zero_()
-    return self
+    sums = sweep_run(self)
+    sums.hidden.zero_()
+    return sums
 
 
 counts_over_k_steps = partial(test_frequency.test_counts_the_last_k_steps, 3)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from agg import AdaptiveGradientGating, TokenFrequency, VocabShard
+from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import make_problem
 from tests.distributed import run_ranks
 
@@ -67,6 +71,93 @@ def test_a_target_outside_the_vocabulary():
         assert error == "ValueError: 1 targets of this step are outside the vocabulary of 507 ids"
 
 
+def a_call_that_is_refused_on_one_rank(rank: int, world_size: int):
+    problem = make_problem()
+    module = AdaptiveGradientGating(
+        problem.shard(0, 1), alpha=0.3, window_steps=2, data_parallel_group=dist.group.WORLD
+    )
+    hidden = problem.hidden[:, :9] if rank == 1 else problem.hidden
+    shapes = caught(lambda: module(hidden, problem.weight, problem.target))
+    module(problem.hidden, problem.weight, problem.target)  # and all go on together, if they want to
+    other = AdaptiveGradientGating(problem.shard(0, 1), alpha=0.3, window_steps=2, data_parallel_group=dist.group.WORLD)
+
+    def count():
+        other.begin_step(problem.target.double() if rank == 2 else problem.target)
+        return other.current_gates()
+
+    return shapes, module.frequency.steps, caught(count)
+
+
+def test_a_call_that_one_rank_refuses():
+    others = "ValueError: 1 data-parallel ranks could not take part in this step; their own messages say why"
+    for rank, (shapes, steps, dtype) in enumerate(run_ranks(a_call_that_is_refused_on_one_rank, 4)):
+        assert shapes.startswith("ValueError: hidden must be [T, D]") if rank == 1 else shapes == others
+        assert dtype == ("TypeError: targets must be integer ids, got torch.float64" if rank == 2 else others)
+        assert steps == 1
+
+
+def settings_that_differ(rank: int, world_size: int, what: str):
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    world, mine, other = dist.group.WORLD, pairs[rank // 2], pairs[1 - rank // 2]
+    half = VocabShard(256 * (rank % 2), 256 * (rank % 2) + 256, 507, mine)
+    build = functools.partial(AdaptiveGradientGating, alpha=0.3, window_steps=2)
+    if what == "window":
+        return caught(lambda: build(VocabShard(0, 512, 507), window_steps=2 + rank // 3, data_parallel_group=world))
+    if what == "alpha":
+        return caught(lambda: build(half, alpha=0.3 + rank % 2))
+    if what == "group of all ranks":
+        return caught(lambda: build(half, data_parallel_group=world))
+    if what == "group of others":
+        return caught(lambda: TokenFrequency(half, 2, other)), caught(lambda: VocabShard(0, 256, 507, other))
+    return caught(lambda: build(VocabShard(0, 512, 507)))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("window", "window_steps is 2 on rank 0 of the data-parallel group and 3 on rank 3"),
+        ("alpha", "alpha is 0.3 on rank 0 of the tensor-parallel group and 1.3 on rank 1"),
+        ("group of all ranks", "rows is (0, 256) on rank 0 of the data-parallel group and (256, 512) on rank 1"),
+    ],
+)
+def test_settings_that_differ_are_refused_on_all_ranks(what, message):
+    assert run_ranks(settings_that_differ, 4, what) == [f"ValueError: {message}"] * 4
+
+
+def test_a_group_without_this_rank():
+    for counts, shard in run_ranks(settings_that_differ, 4, "group of others"):
+        assert counts == "ValueError: this rank is not in the data-parallel group that it was given"
+        assert shard == "ValueError: this rank is not in the tensor-parallel group that it was given"
+
+
+def counts_of_its_own(rank: int, world_size: int):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        AdaptiveGradientGating(VocabShard(0, 512, 507), alpha=0.3, window_steps=2)
+        AdaptiveGradientGating(VocabShard(0, 512, 507), alpha=0.3, window_steps=2, data_parallel_group=dist.group.WORLD)
+    return [str(warning.message) for warning in told]
+
+
+def test_a_forgotten_data_parallel_group_is_warned_of():
+    """It is what makes the published code gate on each rank what that rank alone saw."""
+    for told in run_ranks(counts_of_its_own, 2):
+        (message,) = told
+        assert message.startswith("torch.distributed has 2 ranks, but no data_parallel_group was given")
+
+
+def copied_with_its_groups(rank: int, world_size: int):
+    shard = VocabShard(256 * rank, 256 * rank + 256, 507, dist.group.WORLD)
+    frequency = TokenFrequency(VocabShard(0, 512, 507), 2, dist.group.WORLD)
+    frequency.update(torch.tensor([3]))
+    twin = copy.deepcopy(frequency)
+    twin.update(torch.tensor([4]))
+    return copy.deepcopy(shard) is shard, int(twin.tokens), int(frequency.tokens)
+
+
+def test_copies_share_their_groups():
+    assert run_ranks(copied_with_its_groups, 2) == [(True, 4, 2)] * 2
+
+
 def groups_of_the_wrong_size(rank: int, world_size: int):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = pairs[rank // 2]
@@ -87,15 +178,18 @@ def test_groups_of_the_wrong_size():
 def shard_without_its_group(rank: int, world_size: int):
     problem = make_problem()
     shard = problem.shard(rank, world_size)
-    weight, _ = problem.local(shard)
-    module = AdaptiveGradientGating(shard, alpha=0.3, window_steps=2)
-    return caught(lambda: module(problem.hidden, weight, problem.target))
+    weight, gates = problem.local(shard)
+    return (
+        caught(lambda: AdaptiveGradientGating(shard, alpha=0.3, window_steps=2)),
+        caught(lambda: gated_linear_cross_entropy(problem.hidden, weight, problem.target, gates, shard)),
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_split_vocabulary_needs_its_group(world_size):
-    for error in run_ranks(shard_without_its_group, world_size):
-        assert error.startswith("ValueError: the shard [") and "names no group" in error
+    for errors in run_ranks(shard_without_its_group, world_size):
+        for error in errors:
+            assert error.startswith("ValueError: the shard [") and "names no group" in error
 
 
 def sharded_by_fsdp(rank: int, world_size: int):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from agg import DecayedTokenFrequency, TokenFrequency, VocabShard, alpha_of_rare_fraction, rarity_gates
+from agg.step_counts import COMPLAINTS
 from tests.distributed import run_ranks
 from tests.invariance.agg_layouts import groups, zipf_steps
 
@@ -151,5 +152,8 @@ def collectives_of_updates(rank: int, world_size: int, kind, data_parallel: int,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_one_asynchronous_all_reduce_of_int32(kind):
+    """Of V_local counts, their sum, and what is wrong on a rank."""
     for rows, of_updates in run_ranks(collectives_of_updates, 4, kind, 2, 2):
-        assert of_updates == [[("all_reduce", (torch.int32, (rows + 3,)), True, True)]] * 5
+        size = rows + 1 + len(COMPLAINTS)
+        assert of_updates == [[("all_reduce", (torch.int32, (size,)), True, True)]] * 5
+    assert len(COMPLAINTS) < 10
