@@ -68,3 +68,21 @@ def test_any_gates_in_other_dtypes(dtype):
     for name, got, reference, truth in answers:
         error, budget = ((x.double() - truth).abs().max() / truth.abs().max() for x in (got, reference))
         assert error <= 1.1 * budget + torch.finfo(dtype).eps, f"{name}: {error} against {budget} of the plain formula"
+
+
+def test_far_apart_gates_in_float16():
+    """Long windows make g1 a millionth of g2: P over g1 may not overflow in the sum over 2,048 tokens.
+
+    Error budget: that of the loss without gates in float16, plus 10 %, and 1 eps.
+    """
+    problem = make_problem(2048, 64)
+    gates = dataclasses.replace(problem.gates, g1=torch.where(problem.gates.rare, 1e-6 * problem.gates.g1, 1.0))
+    problem = dataclasses.replace(problem, gates=gates)
+    dtype, answers = torch.float16, []
+    for gated in (True, False):
+        got, exact = (
+            candidate(problem, gated, dtype, reduction="sum")[2],
+            dense_answer(problem, gated, reduction="sum")[2],
+        )
+        answers.append(((got.double() - exact).abs().max() / exact.abs().max()).item())
+    assert answers[0] <= 1.1 * answers[1] + torch.finfo(dtype).eps
