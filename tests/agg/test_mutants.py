@@ -63,8 +63,7 @@ def negate_hidden_grad(sweep, sums):
 
 
 def gate_hidden_grad(sweep, sums):
-    rare = sweep.job.gates.rare[sweep.job.target.clamp(min=0)]
-    sums.hidden[rare] *= 0.5
+    sums.hidden[sweep.job.target_is_rare()] *= 0.5
 
 
 def no_factors(gates, dtype):
@@ -100,7 +99,7 @@ MUTANTS = {
     "target not exempt": (module.Sweep, "_add_target_entries", no_exemption, "dW"),
     "no target entry": (module.Sweep, "_add_target_entries", lambda self: None, "dW"),
     "no target is rare": (module.Job, "target_is_rare", lambda self: torch.zeros_like(self.target).bool(), "dW"),
-    "every target is rare": (module.Job, "target_is_rare", lambda self: torch.ones_like(self.target).bool(), "dW"),
+    "every target is rare": (module.Job, "target_is_rare", module.Job.valid, "dW"),
     "chunk of the turn not gated": (module.kernels, "gate_leading_rows_", lambda *_: None, "dW"),
     "sum before the turn not gated": (module.kernels, "scale_rows_if_", lambda *_: None, "dW"),
     "softmax not normalised": (module, "softmax_over_shards_", unnormalised, "dH"),

@@ -15,7 +15,7 @@ from pretrain.training.objective import PlainObjective
 from pretrain.training.penalties import cosine_penalty, mean_penalty
 from tests.agg.problems import make_problem
 from tests.distributed import run_ranks
-from tests.invariance.test_agg_layouts import groups
+from tests.invariance.agg_layouts import groups
 
 
 def dense_cosine(weight):

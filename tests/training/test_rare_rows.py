@@ -14,7 +14,7 @@ from pretrain.recipe import ObjectiveRecipe
 from pretrain.training.objective import GatedObjective
 from tests.agg.problems import make_problem
 from tests.distributed import run_ranks
-from tests.invariance.test_agg_layouts import groups
+from tests.invariance.agg_layouts import groups
 from tests.small_runs import change, train_on_ranks
 
 TREATMENTS = [  # rare_rows, gates

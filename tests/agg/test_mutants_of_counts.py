@@ -1,0 +1,139 @@
+"""The tests of counts, gates and gradients can fail: under each mutant the ordinary test that is named does.
+
+See :mod:`tests.agg.test_mutants` for those of the loss on fixed gates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+import agg.sweep
+from agg import DecayedTokenFrequency, TokenFrequency, alpha_of_rare_fraction
+from agg.step_counts import StepCounts
+from agg.sweep import Sweep
+from tests.agg import test_accumulation, test_any_gates, test_frequency, test_gating, test_linear_cross_entropy
+from tests.invariance import test_agg_counts, test_agg_resharding, test_agg_split_loss
+
+init_counts = StepCounts.__init__
+merge_totals = StepCounts._merge_totals
+merge_slot = TokenFrequency._merge_slot
+sweep_run = Sweep.run
+
+
+def window_off_by(more: int):
+    def init(self, shard, window_steps, data_parallel_group=None):
+        init_counts(self, shard, window_steps + more, data_parallel_group)
+
+    return init
+
+
+def totals_forget_the_last_part(self, parts, kind):
+    last = parts[-1] | {"totals": torch.zeros_like(parts[-1]["totals"])}
+    return merge_totals(self, [*parts[:-1], last] if len(parts) > 1 else parts, kind)
+
+
+def slots_forget_the_last_part(self, slot, parts):
+    last = parts[-1] | {"counts": torch.zeros_like(parts[-1]["counts"])}
+    return merge_slot(self, slot, [*parts[:-1], last] if len(parts) > 1 else parts)
+
+
+def place_off_by(more: int):
+    def alpha(appearances, rare_fraction, **options):
+        return alpha_of_rare_fraction(appearances, rare_fraction + more / len(appearances), **options)
+
+    return alpha
+
+
+def alpha_of_this_shard(appearances, rare_fraction, *, shard, **options):
+    shard = dataclasses.replace(shard, group=None)
+    return alpha_of_rare_fraction(appearances, rare_fraction, shard=shard, **options)
+
+
+def smoothing_over_the_shard(self):
+    self._smoothing_per_id = self.job.label_smoothing / self.job.shard.real
+    return sweep_run(self)
+
+
+def ungated_smoothing(self):
+    """Gives back what the gates took from eps / V; the target's own entry is exempt in any case."""
+    sums, job, real = sweep_run(self), self.job, self.job.shard.real
+    gate = torch.where(job.target_is_rare()[:, None], job.gates.g2, job.gates.g1)[:, :real].to(self.hidden.dtype)
+    gate[job.valid(), job.target[job.valid()]] = 1
+    taken = (1 - gate) * self.row_scale[:, None] * job.label_smoothing / job.shard.vocab_size
+    weight = sums.weight * sums.weight_factor[:, None]
+    weight[:real] -= taken.T @ self.hidden
+    return dataclasses.replace(sums, weight=weight, weight_factor=None)
+
+
+def undivided_by_a_closed_gate(gates, dtype):
+    """Factors of rows for g1 > 0 alone: where g1 is 0, the positions whose target is rare lose g2 as well."""
+    g1, g2 = gates.g1.to(dtype), gates.g2.to(dtype)
+    return torch.where(g1 > 0, g2 / g1, 1.0), g1
+
+
+def zeroed_hidden_grad(self):
+    sums = sweep_run(self)
+    sums.hidden.zero_()
+    return sums
+
+
+counts_over_k_steps = partial(test_frequency.test_counts_the_last_k_steps, 3)
+fades = test_frequency.test_exponential_window_fades
+undoes = test_frequency.test_undo_takes_back_exactly_one_step
+reshards = partial(test_agg_resharding.test_counts_continue_on_another_layout, (2, 2), (4, 1))
+reshards_after_undo = partial(test_agg_resharding.test_after_a_step_was_taken_back, (2, 2), (4, 1), 6)
+counts_on_ranks = partial(test_agg_counts.test_counts_and_gates, 2, 2)
+asked_fraction = partial(test_gating.test_rare_fraction_is_what_is_asked_for, 0.25, 1)
+formula = partial(test_linear_cross_entropy.test_equals_the_papers_formula, "sum", 0.1, True, 7)
+split_formula = partial(test_agg_split_loss.test_fp64, 2, {"reduction": "sum", "label_smoothing": 0.1})
+split_fp32 = partial(
+    test_agg_split_loss.test_error_within_that_of_the_plain_formula, 2, torch.float32, {"label_smoothing": 0.1}
+)
+many_chunks = partial(test_accumulation.test_the_error_does_not_grow_with_the_number_of_chunks, "sum")
+any_gates = test_any_gates.test_all_values_of_both_gates
+any_gates_fp32 = partial(test_any_gates.test_any_gates_in_other_dtypes, torch.float32)
+
+MUTANTS = {
+    "what leaves is not subtracted": (
+        TokenFrequency,
+        "_outgoing",
+        lambda self, histogram: histogram,
+        counts_over_k_steps,
+    ),
+    "what leaves is not subtracted, ranks": (TokenFrequency, "_outgoing", lambda self, x: x, counts_on_ranks),
+    "window a step too long": (StepCounts, "__init__", window_off_by(1), counts_over_k_steps),
+    "window a step too short": (StepCounts, "__init__", window_off_by(-1), counts_over_k_steps),
+    "fades too slowly": (StepCounts, "__init__", window_off_by(1), fades),
+    "undo does nothing": (TokenFrequency, "undo_update", lambda self: None, undoes),
+    "undo does nothing, fading": (DecayedTokenFrequency, "undo_update", lambda self: None, fades),
+    "undo does nothing, ranks": (TokenFrequency, "undo_update", lambda self: None, reshards_after_undo),
+    "undo does nothing, fading, ranks": (DecayedTokenFrequency, "undo_update", lambda self: None, reshards_after_undo),
+    "totals of a part forgotten": (StepCounts, "_merge_totals", totals_forget_the_last_part, reshards),
+    "slots of a part forgotten": (TokenFrequency, "_merge_slot", slots_forget_the_last_part, reshards),
+    "alpha of the next id": (test_gating, "alpha_of_rare_fraction", place_off_by(1), asked_fraction),
+    "alpha of the id before": (test_gating, "alpha_of_rare_fraction", place_off_by(-1), asked_fraction),
+    "alpha of this shard": (test_agg_counts, "alpha_of_rare_fraction", alpha_of_this_shard, counts_on_ranks),
+    "smoothing over the shard": (Sweep, "run", smoothing_over_the_shard, split_formula),
+    "smoothing over the shard, fp32": (Sweep, "run", smoothing_over_the_shard, split_fp32),
+    "smoothing not gated": (Sweep, "run", ungated_smoothing, formula),
+    "g1 of 0 closes g2": (agg.sweep, "row_factors", undivided_by_a_closed_gate, any_gates),
+    "g1 of 0 closes g2, fp32": (agg.sweep, "row_factors", undivided_by_a_closed_gate, any_gates_fp32),
+    "sums in bf16": (agg.sweep, "sum_dtype", lambda dtype: dtype, partial(many_chunks, True)),
+    "sums in bf16, not gated": (agg.sweep, "sum_dtype", lambda dtype: dtype, partial(many_chunks, False)),
+    "zeroed dH": (Sweep, "run", zeroed_hidden_grad, formula),
+    "zeroed dH, ranks": (Sweep, "run", zeroed_hidden_grad, split_formula),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_killed(monkeypatch, name):
+    owner, attribute, replacement, ordinary_test = MUTANTS[name]
+    ordinary_test()
+    monkeypatch.setattr(owner, attribute, replacement)
+    with pytest.raises(AssertionError) as error:
+        ordinary_test()
+    assert "Traceback" not in str(error.value)  # of a rank that broke

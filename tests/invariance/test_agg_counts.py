@@ -1,0 +1,159 @@
+"""Counts over the window and gates made of them, on data-parallel x tensor-parallel ranks, equal a plain recount."""
+
+from __future__ import annotations
+
+from inspect import isfunction, signature
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agg import DecayedTokenFrequency, TokenFrequency, VocabShard, alpha_of_rare_fraction, rarity_gates
+from agg.step_counts import COMPLAINTS
+from tests.distributed import run_ranks
+from tests.invariance.agg_layouts import groups, zipf_steps
+
+KINDS = (TokenFrequency, DecayedTokenFrequency)
+WINDOW, STEPS = 4, 7
+GATES = ("rare", "g1", "g2")
+
+
+def recounted(kind, steps, window: int = WINDOW) -> list[torch.Tensor]:
+    """[512] and one more for all of them, after each step: how often each id was a target, without :mod:`agg`."""
+    histograms = [torch.bincount(step[step >= 0], minlength=513) for step in steps]
+    for histogram in histograms:
+        histogram[-1] = histogram.sum()
+    if kind is TokenFrequency:
+        return [sum(histograms[max(0, end - window) : end]) for end in range(1, len(steps) + 1)]
+    totals = [torch.zeros(513, dtype=torch.float64)]
+    for histogram in histograms:
+        totals.append(totals[-1] * (1 - 1 / window) + histogram)
+    return totals[1:]
+
+
+def counts_and_gates(counts: torch.Tensor, tokens: torch.Tensor, shard: VocabShard) -> dict[str, torch.Tensor]:
+    common = {"tokens": tokens, "reference_batch_tokens": 64, "shard": shard, "excluded_ids": (1, 500)}
+    gates = rarity_gates(counts, alpha=0.5, **common)
+    return {
+        "counts": counts.clone(),
+        "tokens": tokens.clone(),
+        "alpha": alpha_of_rare_fraction(counts, 0.3, **common),
+        **{name: getattr(gates, name) for name in GATES},
+    }
+
+
+def count_and_gate(rank: int, world_size: int, data_parallel: int, tensor_parallel: int):
+    """First row, and for each window what there is after each step."""
+    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
+    windows = []
+    for frequency in (kind(shard, WINDOW, dp_group) for kind in KINDS):
+        windows.append([])
+        for targets in zipf_steps(STEPS):
+            frequency.update(targets.chunk(data_parallel)[dist.get_rank(dp_group)])
+            windows[-1].append(counts_and_gates(frequency.appearances, frequency.tokens, shard))
+    return shard.start, windows
+
+
+def whole_counts_and_gates():
+    shard = VocabShard.of_rank(507, 0, 1)
+    return [
+        [counts_and_gates(totals[:-1], totals[-1], shard) for totals in recounted(kind, zipf_steps(STEPS))]
+        for kind in KINDS
+    ]
+
+
+def wrong_counts(ranks, whole) -> set[str]:
+    """What differs at all, on any rank, in any step, in either window."""
+    return {
+        name
+        for start, windows in ranks
+        for mine, expected in zip(windows, whole, strict=True)
+        for step, of_step in zip(mine, expected, strict=True)
+        for name, got in step.items()
+        if not torch.equal(got, of_step[name][start : start + len(got)] if got.dim() else of_step[name])
+    }
+
+
+def test_the_steps_have_teeth():
+    """From the third step on, before and after the window moves, many gates are strictly between 0 and 1."""
+    for kind, history in zip(KINDS, whole_counts_and_gates(), strict=True):
+        for step in history[2:]:
+            inside = (step["g1"] > 0) & (step["g1"] < 1) & (step["g2"] > 0) & (step["g2"] < 1)
+            assert (inside & (step["g1"] != step["g2"])).sum() >= 100, kind
+            assert not step["rare"][step["counts"] > 100].any() and step["rare"].any()
+            # The mean over the rare ids of each half is another, so that a rank can't do with its own.
+            low, high = (
+                step["counts"][rows][step["rare"][rows]].double().mean() for rows in (slice(256), slice(256, 512))
+            )
+            assert (low / high - 1).abs() > 0.2
+            assert 0 < step["alpha"] < 0.5
+
+
+@pytest.mark.parametrize("data_parallel", [1, 2, 4])
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+def test_counts_and_gates(data_parallel, tensor_parallel):
+    ranks = run_ranks(count_and_gate, data_parallel * tensor_parallel, data_parallel, tensor_parallel)
+    assert wrong_counts(ranks, whole_counts_and_gates()) == set()
+
+
+def stored_slots(rank: int, world_size: int, data_parallel: int, tensor_parallel: int):
+    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
+    frequency = TokenFrequency(shard, 10, dp_group)
+    slots = []
+    for targets in zipf_steps(13, tokens=64):
+        frequency.update(targets.chunk(data_parallel)[dist.get_rank(dp_group)])
+        slots.append(frequency.state_dict()["slots"].tolist())
+    return dist.get_rank(dp_group), slots
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (4, 1), (2, 2)])
+def test_a_rank_stores_its_own_slots_of_the_window_alone(layout):
+    for dp_rank, slots in run_ranks(stored_slots, layout[0] * layout[1], *layout):
+        for step, its_slots in enumerate(slots):
+            assert its_slots == [slot for slot in range(min(step + 1, 10)) if slot % layout[0] == dp_rank]
+
+
+def collectives() -> list[str]:
+    """Names in torch.distributed of what talks to the other ranks of a group."""
+    module = dist.distributed_c10d
+    functions = {name: getattr(module, name) for name in module.__all__ if not name.startswith("get_")}
+    return [name for name, f in functions.items() if isfunction(f) and "group" in signature(f).parameters]
+
+
+def collectives_of_updates(rank: int, world_size: int, kind, data_parallel: int, tensor_parallel: int):
+    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
+    frequency, calls = kind(shard, 3, dp_group), []
+
+    def recorded(name, function):
+        def call(*arguments, **options):
+            tensor = arguments[0] if arguments else None
+            told = (tensor.dtype, tuple(tensor.shape)) if isinstance(tensor, torch.Tensor) else None
+            calls.append((name, told, options.get("group") is dp_group, options.get("async_op", False)))
+            return function(*arguments, **options)
+
+        return call
+
+    for name in collectives():
+        setattr(dist, name, recorded(name, getattr(dist, name)))
+    of_updates = []
+    for targets in zipf_steps(5, tokens=64):
+        calls.clear()
+        frequency.update(targets.chunk(data_parallel)[dist.get_rank(dp_group)])
+        assert frequency.tokens > 0 and frequency.appearances.any() and frequency.steps > 0
+        of_updates.append(list(calls))
+    frequency.undo_update()
+    frequency.state_dict()
+    assert calls == of_updates[-1]  # none of these talks to other ranks
+    return len(shard), of_updates
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_is_one_asynchronous_all_reduce_of_int32(kind):
+    """Of V_local counts, their sum, and what is wrong on a rank."""
+    for rows, of_updates in run_ranks(collectives_of_updates, 4, kind, 2, 2):
+        size = rows + 1 + len(COMPLAINTS)
+        assert of_updates == [[("all_reduce", (torch.int32, (size,)), True, True)]] * 5
+    assert len(COMPLAINTS) < 10
