@@ -39,29 +39,28 @@ def _mixed_addmm_for(tensor: torch.Tensor) -> bool:
 
 def softmax_rows_(
     logits: torch.Tensor, target: torch.Tensor, sum_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax of each row, written over ``logits`` in its own dtype; sums in ``sum_dtype``.
 
     Args:
         logits: [C, V_local]; V_local may be 0. target: int64 [C], a column of each row.
 
     Returns:
-        The softmax [C, V_local], log of the norm of each row [C], logit in the target's column [C].
+        The softmax [C, V_local]; the largest logit of each row, and its ``sum(exp(logits - largest))``, whose log would
+        carry the rounding of ``largest``; the logit in the target's column. All [C].
     """
     if logits.shape[1] == 0:
         own = logits.new_zeros(len(logits), dtype=sum_dtype)
-        return logits, torch.full_like(own, -torch.inf), own
+        return logits, torch.full_like(own, -torch.inf), own.clone(), own
     triton = _triton_for(logits)
     if triton is not None:
-        log_norm, own = triton.softmax_rows_(logits, target)
-        return logits, log_norm, own
+        return logits, *triton.softmax_rows_(logits, target)
     own = logits.gather(1, target[:, None]).squeeze(1).to(sum_dtype)
     largest = logits.amax(1).to(sum_dtype)
     # On the CPU in place: a row is read whole before it is written.
     in_place = logits.dtype == sum_dtype and logits.device.type == "cpu"
     p = torch.softmax(logits, 1, sum_dtype, out=logits if in_place else None)
-    log_norm = largest - p.amax(1).log()  # the largest p is 1 / sum(exp(logits - largest))
-    return p.to(logits.dtype), log_norm, own
+    return p.to(logits.dtype), largest, 1 / p.amax(1), own  # the largest p is 1 / sum(exp(logits - largest))
 
 
 def gate_leading_rows_(p: torch.Tensor, gate: torch.Tensor, count: torch.Tensor) -> None:

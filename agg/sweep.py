@@ -253,13 +253,15 @@ def softmax_over_shards_(
         The softmax over this rank's rows alone, of which P is ``factor`` times; the log of the whole norm [C];
         factor [C]; the target's logit [C].
     """
-    local_p, local_norm, own = kernels.softmax_rows_(logits, rows, sum_dtype)
+    local_p, largest, total, own = kernels.softmax_rows_(logits, rows, sum_dtype)
     own = torch.where(here, own, 0)
     if shard.world_size == 1:
-        return local_p, local_norm, torch.ones_like(own), own
-    gathered = shard.all_gather(torch.stack([local_norm, own]))
-    log_norm = gathered[:, 0].logsumexp(0)
-    return local_p, log_norm, (local_norm - log_norm).exp(), gathered[:, 1].sum(0)
+        return local_p, largest + total.log(), torch.ones_like(own), own
+    of_ranks = shard.all_gather(torch.stack([largest, total, own]))
+    largest_of_all = of_ranks[:, 0].amax(0)
+    norm = (of_ranks[:, 1] * (of_ranks[:, 0] - largest_of_all).exp()).sum(0)
+    factor = total * (largest - largest_of_all).exp() / norm
+    return local_p, largest_of_all + norm.log(), factor, of_ranks[:, 2].sum(0)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

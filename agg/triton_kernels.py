@@ -19,7 +19,7 @@ _SCALING_PROGRAMS = 1_024  # share the rows of a matrix, most of which need noth
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _softmax_rows(logits, target, log_norm, own, stride, columns, block: tl.constexpr, rest: tl.constexpr):  # type: ignore[no-untyped-def]
+def _softmax_rows(logits, target, largest_of, total_of, own, stride, columns, block: tl.constexpr, rest: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     tl.store(own + row, tl.load(line + tl.load(target + row)).to(tl.float32))
@@ -38,8 +38,9 @@ def _softmax_rows(logits, target, log_norm, own, stride, columns, block: tl.cons
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
-    tl.store(log_norm + row, largest + tl.log(total))
-    share = 1 / total  # exp(x - log_norm) would carry the rounding of log_norm
+    tl.store(largest_of + row, largest)
+    tl.store(total_of + row, total)
+    share = 1 / total  # exp(x - log of the norm) would carry the rounding of that
     for first in range(whole, columns, rest):
         column = first + tl.arange(0, rest)
         x = tl.load(line + column, mask=column < columns, other=-float("inf")).to(tl.float32)
@@ -76,24 +77,24 @@ def _scale_rows_if(matrix, factor, condition, stride, rows, columns, programs, b
                         tl.store(matrix + row * stride + column, x * scale, mask=inside)
 
 
-def softmax_rows_(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`agg.kernels.softmax_rows_`; one program per row. Log of the norm, target's logit: float32 [C]."""
+def softmax_rows_(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`agg.kernels.softmax_rows_`; one program per row. All but the softmax, float32 [C]."""
     assert logits.stride(1) == 1
-    log_norm = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    own = torch.empty_like(log_norm)
+    largest, total, own = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     blocks = softmax_blocks(logits.shape[1])
     with _on_device_of(logits):
         _softmax_rows[(len(logits),)](
             logits,
             target.contiguous(),
-            log_norm,
+            largest,
+            total,
             own,
             logits.stride(0),
             logits.shape[1],
             **blocks,
             num_warps=min(max(blocks["block"] // 1024, 4), 32),
         )
-    return log_norm, own
+    return largest, total, own
 
 
 def softmax_blocks(columns: int) -> dict[str, int]:

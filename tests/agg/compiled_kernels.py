@@ -26,7 +26,8 @@ H100 = GPUTarget("cuda", 90, 32)
 SOFTMAX = {
     "logits": "*bf16",
     "target": "*i64",
-    "log_norm": "*fp32",
+    "largest_of": "*fp32",
+    "total_of": "*fp32",
     "own": "*fp32",
     "stride": "i32",
     "columns": "i32",
