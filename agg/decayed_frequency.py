@@ -5,7 +5,6 @@ Letters: K window in optimizer steps, V_local rows of this rank's vocabulary sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ class DecayedTokenFrequency(StepCounts):
     """
 
     _totals_dtype = torch.float64
+    _kind = "exponential"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -43,7 +43,7 @@ class DecayedTokenFrequency(StepCounts):
         totals = self._settled().cpu().clone()
         return {
             "version": STATE_VERSION,
-            "window": "exponential",
+            "window": self._kind,
             "window_steps": self.window_steps,
             "vocab_size": self.shard.vocab_size,
             "start": self.shard.start,
@@ -52,8 +52,8 @@ class DecayedTokenFrequency(StepCounts):
             "totals": totals,
         }
 
-    def load_state_dict(self, states: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        parts = [states] if isinstance(states, dict) else list(states)
-        self._totals = self._merge_totals(parts, kind="exponential")
-        self._updates = parts[0]["updates"]
-        self._before = self._pending = self._complaints = None
+    def _keep(self, kept: None, part: dict[str, Any], low: int, high: int) -> None:
+        """Totals are all there is."""
+
+    def _resume(self, updates: int, kept: None) -> None:
+        self._before = None

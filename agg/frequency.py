@@ -5,7 +5,6 @@ Letters: K window in optimizer steps, R data-parallel ranks, V_local rows of thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ class TokenFrequency(StepCounts):
     """
 
     _totals_dtype = torch.int64
+    _kind = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -98,41 +98,39 @@ class TokenFrequency(StepCounts):
             "counts": torch.cat([empty, *(slots[slot][1] for slot in order)]),
         }
 
-    def load_state_dict(self, states: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        parts = [states] if isinstance(states, dict) else list(states)
-        totals = self._merge_totals(parts, kind=None)
-        updates = parts[0]["updates"]
-        owned = [slot for slot in range(min(updates, self.window_steps)) if slot % self._world_size == self._rank]
-        self._slots = {slot: self._merge_slot(slot, parts) for slot in owned}
-        self._totals, self._updates = totals, updates
-        self._pending = self._complaints = self._arriving = self._undo = None
+    def _nothing_kept(self) -> dict[int, dict[int, tuple[int, Slot, torch.Tensor]]]:
+        return {}  # slot -> first id -> end, its rows here and their counts, the count of all targets
 
-    def _merge_slot(self, slot: int, parts: Sequence[dict[str, Any]]) -> Slot:
-        """Rows of this shard and their counts in one step of the window, from the parts that hold it."""
-        size, start = len(self.shard), self.shard.start
-        histogram = torch.zeros(size + 1, dtype=torch.int32)
-        covered = torch.zeros(size, dtype=torch.bool)
-        for part in parts:
-            (place,) = (part["slots"] == slot).nonzero(as_tuple=True)
-            low, high = max(start, part["start"]), min(self.shard.stop, part["stop"])
-            if len(place) == 0 or low >= high or bool(covered[low - start]):
+    def _keep(self, kept: dict[int, Any], part: dict[str, Any], low: int, high: int) -> None:
+        ends = part["lengths"].cumsum(0)
+        for slot, end, length in zip(part["slots"].tolist(), ends.tolist(), part["lengths"].tolist(), strict=True):
+            if slot % self._world_size != self._rank:
                 continue
-            begin = int(part["lengths"][: place[0]].sum())
-            chosen = slice(begin, begin + int(part["lengths"][place[0]]))
-            rows, counts = part["rows"][chosen].long(), part["counts"][chosen]
-            is_total = rows == part["stop"] - part["start"]
-            ids = rows + part["start"]
-            mine = ~is_total & (ids >= low) & (ids < high)
-            histogram[ids[mine] - start] = counts[mine]
-            if bool(is_total.any()):
-                histogram[-1] = counts[is_total][0]
-            covered[low - start : high - start] = True
-        if not bool(covered[: self.shard.real].all()):
+            ids = part["rows"][end - length : end].long() + part["start"]
+            counts = part["counts"][end - length : end]
+            here, of_all = (ids >= low) & (ids < high), ids == part["stop"]
+            rows = (ids[here] - self.shard.start).to(torch.int32)
+            kept.setdefault(slot, {})[low] = (high, (rows, counts[here]), counts[of_all])
+
+    def _resume(self, updates: int, kept: dict[int, Any]) -> None:
+        owned = [slot for slot in range(min(updates, self.window_steps)) if slot % self._world_size == self._rank]
+        self._slots = {slot: self._joined(slot, kept.get(slot, {})) for slot in owned}
+        self._arriving = self._undo = None
+
+    def _joined(self, slot: int, pieces: dict[int, tuple[int, Slot, torch.Tensor]]) -> Slot:
+        """One step of the window, from pieces that must follow one another."""
+        at = self.shard.start
+        while at in pieces:
+            at = pieces[at][0]
+        if at < self.shard.start + self.shard.real or not pieces:
             raise ValueError(
-                f"the saved token counts lack step slot {slot} of ids {start} to {start + self.shard.real}; "
+                f"the saved token counts lack step slot {slot} of ids {at} to {self.shard.start + self.shard.real}; "
                 "give the parts of all ranks"
             )
-        return _sparse(histogram)
+        held = [pieces[low][1] for low in sorted(pieces)]
+        of_all = next(iter(pieces.values()))[2]
+        rows = [*(rows for rows, _ in held), torch.full_like(of_all, len(self.shard))]
+        return torch.cat(rows), torch.cat([*(counts for _, counts in held), of_all])
 
 
 def _sparse(histogram: torch.Tensor) -> Slot:

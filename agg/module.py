@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -174,7 +174,7 @@ class AdaptiveGradientGating(torch.nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         return self.frequency.state_dict()
 
-    def set_extra_state(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+    def set_extra_state(self, state: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
         self.frequency.load_state_dict(state)
         self.gates = self._fault = None
 

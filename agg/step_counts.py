@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -161,39 +161,69 @@ class StepCounts(ABC):
         """What this rank gives to the all-reduce, from its histogram of the step."""
         return histogram
 
-    def _merge_totals(self, parts: Sequence[dict[str, Any]], kind: str | None) -> torch.Tensor:
-        """This rank's totals, on the CPU, from saved parts of any layout.
+    def load_state_dict(self, states: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
+        """Continue from saved parts. Counts move to the device of the next targets.
+
+        Args:
+            states: the part of this rank if the layout is the one that saved; the parts of all ranks, in any
+                order, if the data-parallel or tensor-parallel degree changed. They are taken one at a time: give a
+                generator, and no rank holds them all.
 
         Raises:
-            ValueError: parts of another window, vocabulary or version, or that do not cover this rank's rows.
+            ValueError: another window, vocabulary or version, or parts that do not cover this rank's share; nothing
+                has changed then.
         """
-        if not parts:
-            raise ValueError("no saved token counts were given")
         size, start = len(self.shard), self.shard.start
         totals = torch.zeros(size + 1, dtype=self._totals_dtype)
-        totals[-1] = parts[0]["totals"][-1]
         covered = torch.zeros(size, dtype=torch.bool)
-        for part in parts:
-            for key, expected in (
-                ("version", STATE_VERSION),
-                ("window", kind),
-                ("window_steps", self.window_steps),
-                ("vocab_size", self.shard.vocab_size),
-                ("updates", parts[0]["updates"]),
-            ):
-                if part.get(key) != expected:
-                    raise ValueError(f"saved token counts have {key} {part.get(key)}, this run has {expected}")
+        updates, kept = None, self._nothing_kept()
+        for part in [states] if isinstance(states, dict) else states:
+            updates = part["updates"] if updates is None else updates
+            self._check_part(part, updates)
             low, high = max(start, part["start"]), min(self.shard.stop, part["stop"])
+            totals[-1] = part["totals"][-1]
             if low < high:
                 totals[low - start : high - start] = part["totals"][low - part["start"] : high - part["start"]]
                 covered[low - start : high - start] = True
+                self._keep(kept, part, low, high)
+        if updates is None:
+            raise ValueError("no saved token counts were given")
         if not bool(covered[: self.shard.real].all()):
             raise ValueError(
                 f"the saved token counts do not cover ids {start} to {start + self.shard.real}; "
                 "give the parts of all tensor-parallel ranks"
             )
-        return totals
+        self._resume(updates, kept)
+        self._totals, self._updates, self._pending, self._complaints = totals, updates, None, None
 
+    def _check_part(self, part: dict[str, Any], updates: int) -> None:
+        for key, expected in (
+            ("version", STATE_VERSION),
+            ("window", self._kind),
+            ("window_steps", self.window_steps),
+            ("vocab_size", self.shard.vocab_size),
+            ("updates", updates),
+        ):
+            if part.get(key) != expected:
+                raise ValueError(f"saved token counts have {key} {part.get(key)}, this run has {expected}")
+
+    def _nothing_kept(self) -> Any:
+        """What :meth:`_keep` adds to."""
+        return None
+
+    @abstractmethod
+    def _keep(self, kept: Any, part: dict[str, Any], low: int, high: int) -> None:
+        """Add to ``kept`` what this rank needs of ids ``[low, high)`` in a saved part, beside the totals."""
+
+    @abstractmethod
+    def _resume(self, updates: int, kept: Any) -> None:
+        """Go on with what was kept.
+
+        Raises:
+            ValueError: something of it is missing; nothing has changed then.
+        """
+
+    _kind: str | None  # of the window, as states name it
     _totals_dtype: torch.dtype
 
     @abstractmethod
@@ -211,18 +241,6 @@ class StepCounts(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, on the CPU; the parts of all ranks together are the whole window."""
-
-    @abstractmethod
-    def load_state_dict(self, states: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        """Continue from saved parts. Counts move to the device of the next targets.
-
-        Args:
-            states: the part of this rank if the layout is the one that saved; the parts of all ranks, in any
-                order, if the data-parallel or tensor-parallel degree changed.
-
-        Raises:
-            ValueError: another window, vocabulary or version, or parts that do not cover this rank's share.
-        """
 
 
 def step_histogram(targets: torch.Tensor, shard: VocabShard, ignore_index: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ def load_checkpoint(
     every data-parallel rank starts a new one, see :func:`seed_of_resume`.
 
     Args:
-        load_rank_state: is given what this rank saved, or on another layout the list of what all ranks saved.
+        load_rank_state: is given what this rank saved, or on another layout what all ranks saved, in turn.
         seed: of the recipe.
         allow_changes: what is trained on may be another data set, tokenizer or optimizer.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,10 @@ class PortableCheckpoint:
         holders = saved_size if split.dim is not None else 1
         return split.part(split.merge([self._saved_part(name, kind, r) for r in range(holders)]), rank, size)
 
-    def rank_states(self) -> list[dict[str, Any]]:
-        """What each rank saved beside the engine (its part of the token counts), in rank order."""
-        files = [self.folder / rank_file(rank) for rank in range(self.layout["world_size"])]
-        return [torch.load(file, map_location="cpu", weights_only=False)["rank_state"] for file in files]
+    def rank_states(self) -> Iterator[dict[str, Any]]:
+        """What each rank saved beside the engine (its part of the token counts), in rank order, one at a time."""
+        for rank in range(self.layout["world_size"]):
+            yield torch.load(self.folder / rank_file(rank), map_location="cpu", weights_only=False)["rank_state"]
 
     def _saved_part(self, name: str, kind: Kind, rank: int) -> torch.Tensor:
         shape = torch.Size(self.splits[name].part_shape(self.layout["tensor_model_parallel_size"]))

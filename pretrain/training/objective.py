@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class PlainObjective:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
         pass
 
 
@@ -111,7 +111,7 @@ class GatedObjective(PlainObjective):
     def state_dict(self) -> dict[str, Any]:
         return self.module.frequency.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
         self.module.set_extra_state(state)
 
 

@@ -48,6 +48,36 @@ def test_undo_takes_back_exactly_one_step():
     assert torch.equal(frequency.appearances, recount([seen[3], seen[4], seen[6]]))
 
 
+def test_the_window_takes_eight_bytes_for_each_distinct_id_of_a_step():
+    """And eight for the step's own total; 8 d ceil(K / R) is what PERFORMANCE.md plans with."""
+    frequency, seen = TokenFrequency(VocabShard.of_rank(50, 0, 1), 4), batches(9)
+    for batch in seen:
+        frequency.update(batch)
+    kept = frequency.state_dict()
+    distinct = sum(len(batch[batch >= 0].unique()) for batch in seen[-4:])
+    assert kept["rows"].nbytes + kept["counts"].nbytes == 8 * (distinct + 4)
+
+
+@pytest.mark.parametrize("kind", [TokenFrequency, DecayedTokenFrequency])
+def test_parts_that_do_not_fit_change_nothing(kind):
+    """Parts are taken one at a time, and a rank that finds one wrong goes on with what it had."""
+    whole, halves = VocabShard.of_rank(50, 0, 1), [VocabShard(64 * k, 64 * k + 64, 50) for k in range(2)]
+    first, second = (kind(shard, 4) for shard in halves)
+    frequency = kind(whole, 4)
+    for batch in batches(5):
+        for one in (first, second, frequency):
+            one.update(batch)
+    before = frequency.state_dict()
+    parts = [first.state_dict(), second.state_dict()]
+    for wrong in ([], [parts[1]], [parts[0], parts[1] | {"updates": 4}], [parts[0] | {"window_steps": 5}]):
+        with pytest.raises(ValueError, match="saved token counts"):
+            frequency.load_state_dict(part for part in wrong)
+    frequency.load_state_dict(part for part in reversed(parts))
+    after = frequency.state_dict()
+    assert all(torch.equal(torch.as_tensor(after[key]), torch.as_tensor(before[key])) for key in ("totals", "updates"))
+    assert kind is DecayedTokenFrequency or all(torch.equal(after[key], before[key]) for key in ("rows", "counts"))
+
+
 def test_state_continues_the_window():
     seen = batches(9)
     whole, first = (TokenFrequency(VocabShard.of_rank(50, 0, 1), 4) for _ in range(2))

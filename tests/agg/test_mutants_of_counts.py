@@ -19,8 +19,7 @@ from tests.agg import test_accumulation, test_any_gates, test_frequency, test_ga
 from tests.invariance import test_agg_counts, test_agg_resharding, test_agg_split_loss
 
 init_counts = StepCounts.__init__
-merge_totals = StepCounts._merge_totals
-merge_slot = TokenFrequency._merge_slot
+load_state_dict = StepCounts.load_state_dict
 sweep_run = Sweep.run
 
 
@@ -31,14 +30,14 @@ def window_off_by(more: int):
     return init
 
 
-def totals_forget_the_last_part(self, parts, kind):
-    last = parts[-1] | {"totals": torch.zeros_like(parts[-1]["totals"])}
-    return merge_totals(self, [*parts[:-1], last] if len(parts) > 1 else parts, kind)
+def last_part_without(key: str):
+    def load(self, states):
+        parts = [states] if isinstance(states, dict) else list(states)
+        if len(parts) > 1 and key in parts[-1]:
+            parts[-1] = parts[-1] | {key: torch.zeros_like(parts[-1][key])}
+        load_state_dict(self, parts)
 
-
-def slots_forget_the_last_part(self, slot, parts):
-    last = parts[-1] | {"counts": torch.zeros_like(parts[-1]["counts"])}
-    return merge_slot(self, slot, [*parts[:-1], last] if len(parts) > 1 else parts)
+    return load
 
 
 def place_off_by(more: int):
@@ -112,8 +111,8 @@ MUTANTS = {
     "undo does nothing, fading": (DecayedTokenFrequency, "undo_update", lambda self: None, fades),
     "undo does nothing, ranks": (TokenFrequency, "undo_update", lambda self: None, reshards_after_undo),
     "undo does nothing, fading, ranks": (DecayedTokenFrequency, "undo_update", lambda self: None, reshards_after_undo),
-    "totals of a part forgotten": (StepCounts, "_merge_totals", totals_forget_the_last_part, reshards),
-    "slots of a part forgotten": (TokenFrequency, "_merge_slot", slots_forget_the_last_part, reshards),
+    "totals of a part forgotten": (StepCounts, "load_state_dict", last_part_without("totals"), reshards),
+    "slots of a part forgotten": (StepCounts, "load_state_dict", last_part_without("counts"), reshards),
     "alpha of the next id": (test_gating, "alpha_of_rare_fraction", place_off_by(1), asked_fraction),
     "alpha of the id before": (test_gating, "alpha_of_rare_fraction", place_off_by(-1), asked_fraction),
     "alpha of this shard": (test_agg_counts, "alpha_of_rare_fraction", alpha_of_this_shard, counts_on_ranks),
