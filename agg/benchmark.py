@@ -1,11 +1,14 @@
 """``python -m agg.benchmark``: what gating costs, against the plain loss, three bare matmuls, and peers.
 
-All sides run in turn in every round of one process, so a ratio is taken within a round and its median and quartiles
-over rounds; absolute times of a shared machine mean little. Gradients are compared before anything is timed.
+All sides run in turn in every round of one process, so a ratio is taken within a round, and its median, quartiles and
+confidence interval over rounds; absolute times of a shared machine mean little. Gradients are compared before anything
+is timed. A side of another library that computes something else is timed and marked; one of ours ends the run. The
+figures are saved as JSON after each size, whole or not at all.
 
-    python -m agg.benchmark                                   # sizes that fit this machine
+    python -m agg.benchmark                                   # a few sizes
+    python -m agg.benchmark --grid --limit-seconds 600        # all sizes that this machine has memory and time for
     python -m agg.benchmark --sizes 50257x256x8192 --rounds 9 --output result.json
-    python -m agg.benchmark --tensor-parallel 2               # two local ranks, half of the vocabulary each
+    python -m agg.benchmark --tensor-parallel 1 2             # also two local ranks, half of the vocabulary each
     python -m agg.benchmark --sides torch                     # beside ours only the sides of torch
 
 Letters in sizes: V x D x T, vocabulary, hidden size, tokens.
@@ -14,17 +17,12 @@ Letters in sizes: V x D x T, vocabulary, hidden size, tokens.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import gc
 import json
-import platform
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,244 +30,181 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import ProcessRaisedException
 
-from agg.benchmark_sides import Case, Side, bare_matmuls, make_case, sides_of
+from agg import benchmark_limits as limits
+from agg.benchmark_checks import Check, check_gradients
+from agg.benchmark_counting import counting_calls
+from agg.benchmark_limits import Size
+from agg.benchmark_measure import peak_extra_bytes, ratio, time_interleaved
+from agg.benchmark_report import Result, describe_machine, judge, machine_line, save, table, targets_table
+from agg.benchmark_sides import BACKENDS, OURS, bare_matmuls, make_case, run_side, sides_of, world_of_one
 from agg.vocab_shard import VocabShard
-
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry
-
-
-def run_side(case: Case, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
-    """dH [T, D] and dW [V_local, D] of one forward and backward."""
-    hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
-    side(hidden, weight).backward()
-    assert hidden.grad is not None and weight.grad is not None
-    return hidden.grad, weight.grad
-
-
-def check_gradients(case: Case, sides: dict[str, Side], gated: Sequence[str]) -> dict[str, float]:
-    """The largest difference of each side from the first of its kind, as a share of the largest entry.
-
-    Raises:
-        AssertionError: a side computes something else.
-    """
-    first = {True: "gated", False: "ungated"}
-    expected = {is_gated: run_side(case, sides[name]) for is_gated, name in first.items()}
-    errors = {}
-    for name, side in sides.items():
-        pairs = zip(run_side(case, side), expected[name in gated], strict=True)
-        rows = case.shard.real
-        errors[name] = max(
-            float((mine[:rows] if k else mine).sub(other[:rows] if k else other).abs().max() / other.abs().max())
-            for k, (mine, other) in enumerate(pairs)
-        )
-        assert errors[name] <= GRADIENT_TOLERANCE[case.hidden.dtype], f"{name} differs by {errors[name]:.1e}"
-    return errors
-
-
-def peak_extra_bytes(case: Case, side: Side) -> int | None:
-    """Peak memory of one forward and backward beyond its inputs and its two gradients; None where it can't be told."""
-    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (case.hidden, case.weight))
-    gc.collect()
-    if case.hidden.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_side(case, side)
-        return max(0, torch.cuda.max_memory_allocated() - before - gradients)
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    run_side(case, side)
-    return max(0, _status_bytes("VmHWM") - before - gradients)
-
-
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def time_interleaved(case: Case, sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round; the order turns from round to round. One round warms up."""
-    calls: dict[str, Callable[[], Any]] = {name: partial(run_side, case, side) for name, side in sides.items()}
-    calls["three matmuls"] = bare_matmuls(case)
-    names, seconds = list(calls), {name: list[float]() for name in calls}
-    on_gpu = case.hidden.device.type == "cuda"
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            if case.shard.world_size > 1:
-                dist.barrier(group=case.shard.group)
-            if on_gpu:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            calls[name]()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
-    """Median and quartiles, over rounds, of the time of ``name`` over that of ``base``."""
-    ratios = [one / other for one, other in zip(seconds[name], seconds[base], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
 
 
 def benchmark(
-    size: tuple[int, int, int],
+    size: Size,
     rounds: int,
     dtype: torch.dtype,
     device: str,
     shard: VocabShard,
     only: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """One size: gradients compared, memory, then times. ``only``: words in the names of sides beside ours."""
-    case = make_case(*size, dtype, device, shard)
-    sides, gated = sides_of(case)
-    ours = ("gated", "ungated")
-    sides = {n: side for n, side in sides.items() if only is None or n in ours or any(word in n for word in only)}
-    errors = check_gradients(case, sides, gated)
-    memory = {name: peak_extra_bytes(case, side) for name, side in sides.items()}
-    seconds = time_interleaved(case, sides, rounds)
+    limit_seconds: float | None = None,
+) -> Result:
+    """One size: what fits, gradients compared, memory, then times.
+
+    Args:
+        only: words in the names of sides beside ours.
+        limit_seconds: a size that would take longer is skipped.
+    """
+    result = _empty_result(size, rounds, dtype, device, shard.world_size)
+    available, needed = limits.available_bytes(device, shard), limits.base_bytes(size, dtype, device, shard)
+    result["skipped"] = limits.beyond_memory(needed, available)
+    if result["skipped"]:
+        return result
+    with world_of_one(device):
+        case = make_case(*size, dtype, device, shard)
+        sides, gated = sides_of(case)
+        sides = {n: side for n, side in sides.items() if only is None or n in OURS or any(word in n for word in only)}
+        for name in list(sides):
+            reason = limits.beyond_memory(needed + limits.side_bytes(name, size, shard), available)
+            if reason and name not in OURS:
+                result["not_timed"][name] = reason
+                del sides[name]
+        result["skipped"] = limits.beyond_time(case, len(sides), rounds, limit_seconds)
+        if result["skipped"]:
+            return result
+        checks = check_gradients(case, sides, gated)
+        result["not_timed"] |= {name: str(check.failure) for name, check in checks.items() if not check.differences}
+        sides = {name: side for name, side in sides.items() if checks[name].differences}
+        memory = {name: peak_extra_bytes(case, partial(run_side, case, side)) for name, side in sides.items()}
+        memory["three matmuls"] = peak_extra_bytes(case, lambda: bare_matmuls(case)())
+        seconds = time_interleaved(case, sides, rounds, counting_calls(case))
+    result["sides"] = {name: _figures(seconds, name, memory, checks.get(name)) for name in seconds}
+    return result
+
+
+def _empty_result(size: Size, rounds: int, dtype: torch.dtype, device: str, tensor_parallel: int) -> Result:
     return {
         "vocab_size": size[0],
         "hidden_size": size[1],
         "tokens": size[2],
         "dtype": str(dtype).removeprefix("torch."),
-        "tensor_parallel": shard.world_size,
+        "device": device,
+        "tensor_parallel": tensor_parallel,
+        "threads": torch.get_num_threads(),  # of each rank
         "rounds": rounds,
-        "sides": {
-            name: {
-                "median_seconds": statistics.median(values),
-                "over_gated": ratio(seconds, name, "gated"),
-                "over_ungated": ratio(seconds, name, "ungated"),
-                "over_three_matmuls": ratio(seconds, name, "three matmuls"),
-                "peak_extra_bytes": memory.get(name),
-                "gradient_difference": errors.get(name),
-            }
-            for name, values in seconds.items()
-        },
+        "skipped": None,  # or why nothing was measured
+        "not_timed": {},  # side: why
+        "sides": {},
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """One size as text: medians, and ratios with their quartiles."""
-    head = f"V {result['vocab_size']:,}  D {result['hidden_size']:,}  T {result['tokens']:,}  {result['dtype']}"
-    lines = [f"{head}  tensor-parallel {result['tensor_parallel']}, {result['rounds']} rounds"]
-    lines.append(f"  {'':36}{'median':>11}{'/ three matmuls':>22}{'/ ungated':>22}{'peak extra':>13}")
-    for name, side in result["sides"].items():
-        cells = [f"{side['median_seconds'] * 1e3:,.1f} ms".rjust(11)]
-        for key in ("over_three_matmuls", "over_ungated"):
-            spread = side[key]
-            cells.append(f"{spread['median']:.3f} [{spread['low']:.2f} {spread['high']:.2f}]".rjust(22))
-        peak = side["peak_extra_bytes"]
-        cells.append(("" if peak is None else f"{peak / 2**20:,.0f} MiB").rjust(13))
-        lines.append(f"  {name:36}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def default_sizes(device: str) -> list[tuple[int, int, int]]:
-    if device == "cuda":
-        return [(32_768, 1024, 8192), (50_257, 1024, 8192), (131_072, 4096, 8192)]
-    return [(32_768, 256, 2048), (32_768, 256, 4096), (50_257, 256, 8192)]
-
-
-def _size(text: str) -> tuple[int, int, int]:
-    vocab_size, hidden_size, tokens = (int(part) for part in text.lower().split("x"))
-    return vocab_size, hidden_size, tokens
-
-
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+def _figures(
+    seconds: dict[str, list[float]], name: str, memory: dict[str, int | None], check: Check | None
+) -> dict[str, Any]:
     return {
-        "hardware": name,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "median_seconds": statistics.median(seconds[name]),
+        "over_gated": ratio(seconds, name, "gated"),
+        "over_ungated": ratio(seconds, name, "ungated"),
+        "over_three_matmuls": ratio(seconds, name, "three matmuls"),
+        "peak_extra_bytes": memory.get(name),
+        "gradient_difference": check and check.differences,
+        "failed": check and check.failure,
+        "seconds": seconds[name],
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agg.benchmark", description="What gating costs.")
-    parser.add_argument("--sizes", nargs="+", type=_size, metavar="VxDxT", help="e.g. 50257x256x8192")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="local ranks that share the vocabulary")
-    parser.add_argument("--sides", nargs="*", metavar="WORD", help="only peers whose name holds one of these words")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
-    options = parser.parse_args(arguments)
-    if options.rounds < 2 or options.tensor_parallel < 1:
-        parser.error("--rounds must be at least 2 and --tensor-parallel at least 1")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    sizes = options.sizes or default_sizes(device)
-    if options.tensor_parallel == 1:
-        results = [
-            benchmark(size, options.rounds, dtype, device, VocabShard(0, size[0], size[0]), options.sides)
-            for size in sizes
-        ]
-    else:
-        results = _on_ranks(options.tensor_parallel, sizes, options.rounds, dtype, device, options.sides)
-    for result in results:
-        print(table(result))
-    if options.output is not None:
-        options.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+    options = _options(arguments)
+    machine, results = describe_machine(), list[Result]()
+    print(machine_line(machine))
+    for degree in options.tensor_parallel:
+        for size in options.sizes:
+            results.append(_one_size(degree, size, options))
+            print(table(results[-1]), flush=True)
+            save(options.output, machine, results)  # after each, so that an interrupted run keeps what it has
+    print(targets_table(judge(results)))
+    print(f"saved in {options.output.resolve()}")
     return 0
 
 
-def _on_ranks(
-    world_size: int,
-    sizes: Sequence[tuple[int, int, int]],
-    rounds: int,
-    dtype: torch.dtype,
-    device: str,
-    only: Sequence[str] | None,
-) -> list[dict[str, Any]]:
-    """The same on local ranks, each with its share of the vocabulary; the figures of the first."""
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m agg.benchmark", description="What gating costs.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sizes", nargs="+", type=_size, metavar="VxDxT", help="e.g. 50257x256x8192")
+    which.add_argument(
+        "--grid", action="store_true", help="V 32k 50k 128k x D 256 1024 4096 x T 2k 8k, small ones first"
+    )
+    parser.add_argument("--limit-seconds", type=float, metavar="N", help="skip sizes that would take longer than this")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--tensor-parallel", type=int, nargs="+", metavar="N",
+        help="local ranks that share the vocabulary, one or more degrees; default: 1, with --grid also 2 if there are "
+        "as many devices",
+    )  # fmt: skip
+    parser.add_argument("--sides", nargs="*", metavar="WORD", help="only peers whose name holds one of these words")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", default=Path("agg-benchmark.json"))
+    options = parser.parse_args(arguments)
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
+    if options.tensor_parallel is None:
+        options.tensor_parallel = [1, 2] if options.grid and devices >= 2 else [1]
+    if options.rounds < 2 or min(options.tensor_parallel) < 1:
+        parser.error("--rounds must be at least 2 and --tensor-parallel at least 1")
+    if options.device == "cuda" and max(options.tensor_parallel) > devices:
+        parser.error(f"--tensor-parallel {max(options.tensor_parallel)} needs as many GPUs, there are {devices}")
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.absolute().parent}")
+    options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
+    options.sizes = options.sizes or (limits.grid_sizes() if options.grid else limits.default_sizes(options.device))
+    return options
+
+
+def _size(text: str) -> Size:
+    vocab_size, hidden_size, tokens = (int(part) for part in text.lower().split("x"))
+    return vocab_size, hidden_size, tokens
+
+
+def _one_size(degree: int, size: Size, options: argparse.Namespace) -> Result:
+    """On ``degree`` ranks; a GPU that runs out of memory after all costs this size only."""
+    given = (size, options.rounds, options.dtype, options.device)
+    try:
+        if degree > 1:
+            return _on_ranks(degree, *given, options.sides, options.limit_seconds)
+        return benchmark(*given, VocabShard(0, size[0], size[0]), options.sides, options.limit_seconds)
+    except (torch.OutOfMemoryError, ProcessRaisedException) as error:
+        if "OutOfMemoryError" not in f"{type(error)} {error}":
+            raise
+        return {**_empty_result(*given, degree), "skipped": "the GPU ran out of memory"}
+
+
+def _on_ranks(world_size: int, size: Size, *rest: Any) -> Result:
+    """:func:`benchmark` on local ranks, each with its share of the vocabulary; the figures of the first."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the first rank's memory
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
-            _rank, (world_size, sizes, rounds, dtype, device, only, folder), nprocs=world_size
+            _rank, (world_size, folder, size, *rest), nprocs=world_size
         )
-        results: list[dict[str, Any]] = json.loads((Path(folder) / "results.json").read_text())
-        return results
+        result: Result = json.loads((Path(folder) / "result.json").read_text())
+        return result
 
 
 def _rank(
-    rank: int,
-    world_size: int,
-    sizes: Sequence[tuple[int, int, int]],
-    rounds: int,
-    dtype: torch.dtype,
-    device: str,
-    only: Sequence[str] | None,
-    folder: str,
+    rank: int, world_size: int, folder: str, size: Size, rounds: int, dtype: torch.dtype, device: str, *rest: Any
 ) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/world", rank=rank, world_size=world_size)
-    results = []
-    for size in sizes:
-        shard = VocabShard.of_rank(size[0], rank, world_size, dist.group.WORLD, multiple_of=world_size)
-        results.append(benchmark(size, rounds, dtype, device, shard, only))
+    rendezvous = f"file://{folder}/world"
+    dist.init_process_group(BACKENDS[device], init_method=rendezvous, rank=rank, world_size=world_size)
+    shard = VocabShard.of_rank(size[0], rank, world_size, dist.group.WORLD, multiple_of=world_size)
+    result = benchmark(size, rounds, dtype, device, shard, *rest)
     if rank == 0:
-        (Path(folder) / "results.json").write_text(json.dumps(results))
+        (Path(folder) / "result.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -5,11 +5,15 @@ Letters: V vocabulary, V_local rows of this rank's shard, D hidden size, T token
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from agg.gating import Gates, rarity_gates
@@ -18,6 +22,8 @@ from agg.reference import reference_gated_cross_entropy
 from agg.vocab_shard import VocabShard
 
 Side = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # hidden, weight to loss
+OURS = ("gated", "ungated")
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,45 @@ class Case:
     target: torch.Tensor  # [T]
     gates: Gates
     shard: VocabShard
+    alpha: float  # that the gates were made with, in occurrences per 32,768 tokens
 
 
 def make_case(
     vocab_size: int, hidden_size: int, tokens: int, dtype: torch.dtype, device: str, shard: VocabShard
 ) -> Case:
-    """Zipf targets; about half of the vocabulary is rare, and about one target in a hundred."""
+    """Zipf targets; about half of the vocabulary is rare, and about one target in a hundred.
+
+    Everything is drawn whole on every rank from one seed, so that ranks hold parts of the same problem.
+    """
     generator = torch.Generator().manual_seed(0)
     share = 1 / (1 + torch.arange(vocab_size, dtype=torch.float64))
-    expected = torch.zeros(len(shard), dtype=torch.int64)
-    expected[: shard.real] = (share * 1e6).long()[shard.start : shard.start + shard.real]
+    counts = (share * 1e6).long()
     alpha = float(share[vocab_size // 2] / share.sum() * 32_768)
+    rows, padding = slice(shard.start, shard.start + shard.real), len(shard) - shard.real
     gates = rarity_gates(
-        expected, tokens=int((share * 1e6).long().sum()), alpha=alpha, reference_batch_tokens=32_768, shard=shard
-    )
-    weight = 0.05 * torch.randn(vocab_size, hidden_size, generator=generator)
-    local = torch.zeros(len(shard), hidden_size)
-    local[: shard.real] = weight[shard.start : shard.start + shard.real]
-    return Case(
-        hidden=torch.randn(tokens, hidden_size, generator=generator).to(device, dtype),
-        weight=local.to(device, dtype),
-        target=torch.multinomial(share.float(), tokens, replacement=True, generator=generator).to(device),
-        gates=Gates(gates.rare.to(device), gates.g1.to(device), gates.g2.to(device)),
+        F.pad(counts[rows], (0, padding)).to(device),
+        tokens=int(counts.sum()),
+        alpha=alpha,
+        reference_batch_tokens=32_768,
         shard=shard,
     )
+    weight = torch.randn(vocab_size, hidden_size, generator=generator).mul_(0.05)
+    return Case(
+        hidden=torch.randn(tokens, hidden_size, generator=generator).to(device, dtype),
+        weight=F.pad(weight[rows], (0, 0, 0, padding)).to(device, dtype),
+        target=torch.multinomial(share.float(), tokens, replacement=True, generator=generator).to(device),
+        gates=gates,
+        shard=shard,
+        alpha=alpha,
+    )
+
+
+def run_side(case: Case, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """dH [T, D] and dW [V_local, D] of one forward and backward."""
+    hidden, weight = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
+    side(hidden, weight).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return hidden.grad, weight.grad
 
 
 def sides_of(case: Case) -> tuple[dict[str, Side], list[str]]:
@@ -62,8 +83,8 @@ def sides_of(case: Case) -> tuple[dict[str, Side], list[str]]:
         "gated": lambda h, w: gated_linear_cross_entropy(h, w, target, gates, shard),
         "ungated": lambda h, w: gated_linear_cross_entropy(h, w, target, None, shard),
     }
+    sides.update(_megatron_side(case))
     if shard.world_size > 1:
-        sides.update(_megatron_side(case))
         return sides, ["gated"]
     sides["torch cross_entropy"] = lambda h, w: F.cross_entropy((h @ w.T).float(), target)
     sides["paper's form"] = lambda h, w: reference_gated_cross_entropy(h, w, target, gates)
@@ -73,30 +94,39 @@ def sides_of(case: Case) -> tuple[dict[str, Side], list[str]]:
         sides["torch linear_cross_entropy"] = lambda h, w: linear(h, w, target)
         sides["torch linear_cross_entropy, chunked"] = lambda h, w: linear(h, w, target, options=options)
     if case.hidden.device.type == "cuda":
-        sides.update(_gpu_sides(target))
+        sides.update(_gpu_sides(target, case.hidden.dtype))
     return sides, ["gated", "paper's form"]
 
 
-def _gpu_sides(target: torch.Tensor) -> dict[str, Side]:
-    """Fused losses of other libraries, where they are installed."""
+def _gpu_sides(target: torch.Tensor, dtype: torch.dtype) -> dict[str, Side]:
+    """Fused losses of other libraries, where they are installed: as they come, and with exact sums."""
     sides: dict[str, Side] = {}
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        sides["Liger fused linear"] = lambda h, w: liger_fused_linear_cross_entropy(h, w, target)
+        sides["Liger fused linear"] = lambda h, w: liger(h, w, target)
+        sides["Liger fused linear, float32 sums"] = lambda h, w: liger(h, w, target, accum_dtype=torch.float32)
     except ImportError:
         pass
+    if dtype not in (torch.float16, torch.bfloat16):
+        return sides  # Cut Cross-Entropy takes no other
     try:
-        from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+        from cut_cross_entropy import linear_cross_entropy as cut
 
-        sides["Cut Cross-Entropy"] = lambda h, w: cut_cross_entropy(h, w, target)
+        sides["Cut Cross-Entropy"] = lambda h, w: cut(h, w, target)
+        sides["Cut Cross-Entropy, filter_eps=None"] = lambda h, w: cut(h, w, target, filter_eps=None)
     except ImportError:
         pass
     return sides
 
 
 def _megatron_side(case: Case) -> dict[str, Side]:
-    """megatron-core's vocab-parallel cross-entropy on materialised logits, where it is installed."""
+    """megatron-core's vocab-parallel cross-entropy on materialised logits, where it is installed.
+
+    It works on process groups, also alone: see :func:`world_of_one`.
+    """
+    if not dist.is_initialized():
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of optional libraries that it looks for
         try:
@@ -104,17 +134,42 @@ def _megatron_side(case: Case) -> dict[str, Side]:
             from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
         except ImportError:
             return {}
+    shard = case.shard
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=case.shard.world_size, create_gloo_process_groups=False
+            tensor_model_parallel_size=shard.world_size, create_gloo_process_groups=False
         )
 
     def side(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = copy_to_tensor_model_parallel_region(hidden) @ weight.T
+        if shard.real < len(shard):  # ids that only pad take no part, as in the other sides
+            with torch.no_grad():
+                logits[:, shard.real :] = -torch.inf
         loss: torch.Tensor = vocab_parallel_cross_entropy(logits, case.target).mean()
         return loss
 
     return {"megatron-core vocab-parallel": side}
+
+
+@contextmanager
+def world_of_one(device: str) -> Iterator[None]:
+    """torch.distributed with this process alone, unless it is initialised already; taken down at the end."""
+    if dist.is_initialized() or not dist.is_available():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/world", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            parallel_state = sys.modules.get("megatron.core.parallel_state")
+            if parallel_state is not None:
+                parallel_state.destroy_model_parallel()
+                for name, value in list(vars(parallel_state).items()):
+                    # It forgets some, and a process that is forked later would wait for their threads for ever.
+                    if isinstance(value, dist.ProcessGroup):
+                        setattr(parallel_state, name, None)
+            dist.destroy_process_group()
 
 
 def bare_matmuls(case: Case) -> Callable[[], None]:

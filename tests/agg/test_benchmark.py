@@ -1,50 +1,214 @@
-"""The benchmark runs all its sides, compares their gradients, and saves what it prints."""
+"""The benchmark: what it compares, that it sees a side that computes something else, what it prints and saves."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import agg.benchmark as benchmark
+from agg import VocabShard, benchmark_checks, benchmark_limits, benchmark_report, reference_gated_cross_entropy
+from agg.benchmark_counting import counting_calls
+from agg.benchmark_measure import median_interval
+from agg.benchmark_sides import OURS
+from tests.distributed import run_ranks
+
+SIZE = (515, 8, 64)  # V does not divide over two ranks
+PEERS = {"megatron-core vocab-parallel", "torch cross_entropy", "paper's form", "torch linear_cross_entropy, chunked"}
+COUNTING = {"counting and gating, alpha", "counting and gating, rare_fraction"}
+
+
+def whole(dtype=torch.float32):
+    return benchmark.make_case(*SIZE, dtype, "cpu", VocabShard(0, SIZE[0], SIZE[0]))
 
 
 def run(capsys, tmp_path, *arguments: str):
     output = tmp_path / "figures.json"
-    assert benchmark.main(["--sizes", "514x8x64", "--rounds", "2", "--output", str(output), *arguments]) == 0
+    sizes = [] if "--grid" in arguments else ["--sizes", "515x8x64"]
+    assert benchmark.main([*sizes, "--rounds", "2", "--output", str(output), *arguments]) == 0
     return capsys.readouterr().out, json.loads(output.read_text())
 
 
-def test_one_process(capsys, tmp_path):
-    text, saved = run(capsys, tmp_path)
+def small_result(**changes):
+    """As it is saved: gated takes 1.02 times ungated, the paper's form five times as long and ten times the memory."""
+    seconds = {
+        "gated": [1.03, 1.02, 1.02, 1.03, 1.02, 1.02, 1.03, 1.02, 1.0],
+        "ungated": [1.0] * 9,
+        "three matmuls": [0.9] * 9,
+        "torch cross_entropy": [1.3] * 9,
+        "paper's form": [5.0] * 9,
+    }
+    peaks = {"gated": 100, "ungated": 100, "paper's form": 1000}
+    result = benchmark._empty_result((50_257, 256, 8192), 9, torch.float32, "cpu", 1)
+    result["sides"] = {name: benchmark._figures(seconds, name, peaks, None) for name in seconds}
+    return {**result, **changes}
+
+
+def test_one_process(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert benchmark.main(["--sizes", "515x8x64", "--rounds", "2"]) == 0
+    text, saved = capsys.readouterr().out, json.loads((tmp_path / "agg-benchmark.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["agg-benchmark.json"]  # nothing half-written beside it
+    assert str(tmp_path / "agg-benchmark.json") in text and not dist.is_initialized()
     (result,) = saved["results"]
-    assert {"gated", "ungated", "three matmuls", "torch cross_entropy", "paper's form"} <= set(result["sides"])
-    for name, side in result["sides"].items():
-        assert name in text and side["median_seconds"] > 0
+    sides = result["sides"]
+    assert {*OURS, "three matmuls", *PEERS, *COUNTING} <= set(sides)
+    for name, side in sides.items():
+        assert name in text and len(side["seconds"]) == 2 and side["failed"] is None
         assert side["over_gated"]["low"] <= side["over_gated"]["median"] <= side["over_gated"]["high"]
-    assert result["sides"]["gated"]["over_gated"]["median"] == 1.0
-    assert {"hardware", "torch", "date", "commit"} <= set(saved["machine"])
+        assert (side["gradient_difference"] is None) == (name in COUNTING or name == "three matmuls")
+        assert (side["peak_extra_bytes"] is None) == (name in COUNTING)
+    assert sides["gated"]["over_gated"]["median"] == 1.0 and "/ gated" in text
+    assert saved["targets"][0]["target"] == "gated / ungated <= 1.01" and saved["targets"][0]["verdict"] in text
+    machine = saved["machine"]
+    assert {"threads", "blas", "memory_bytes", "load_average_at_start", "quiet_at_start", "date"} <= set(machine)
+    assert (
+        machine["hardware"] in text and machine["commit"] in text and isinstance(machine["uncommitted_changes"], bool)
+    )
 
 
 def test_tensor_parallel(capsys, tmp_path):
-    text, saved = run(capsys, tmp_path, "--tensor-parallel", "2")
-    assert saved["results"][0]["tensor_parallel"] == 2
-    assert "megatron-core vocab-parallel" in saved["results"][0]["sides"] and "tensor-parallel 2" in text
+    text, saved = run(capsys, tmp_path, "--tensor-parallel", "1", "2", "--sides", "megatron")
+    one, two = saved["results"]
+    assert (one["tensor_parallel"], two["tensor_parallel"]) == (1, 2) and "tensor-parallel 2" in text
+    for result in (one, two):
+        assert set(result["sides"]) == {*OURS, "megatron-core vocab-parallel", "three matmuls", *COUNTING}
+        assert all(side["failed"] is None for side in result["sides"].values())
 
 
-def test_a_side_that_computes_something_else_is_not_timed(monkeypatch):
+def forget_gates(case):
+    """Our sides, the gated one of which is the ungated one."""
+    sides, gated = benchmark.sides_of(case)
+    return {"gated": sides["ungated"], "ungated": sides["ungated"]}, gated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forgotten_gates_are_refused(dtype):
+    with pytest.raises(AssertionError, match="gated: row of dW off by .*; rare rows of dW off by"):
+        benchmark.check_gradients(whole(dtype), *forget_gates(whole(dtype)))
+
+
+def _on_a_shard(rank, world_size, dtype):
+    shard = VocabShard.of_rank(SIZE[0], rank, world_size, dist.group.WORLD, multiple_of=world_size)
+    case = benchmark.make_case(*SIZE, dtype, "cpu", shard)
+    assert case.gates.rare_ids is not None  # or each call would ask the other ranks, which the module's don't
+    checks = benchmark.check_gradients(case, *benchmark.sides_of(case))
+    assert all(check.failure is None for check in checks.values()) and "megatron-core vocab-parallel" in checks
+    with pytest.raises(AssertionError, match="gated: row of dW off by"):  # on both, also on the one without rare ids
+        benchmark.check_gradients(case, *forget_gates(case))
+    shifted = dataclasses.replace(case, weight=case.weight.roll(1, 0))
+    with pytest.raises(AssertionError, match="off by"):
+        benchmark.check_gradients(shifted, *benchmark.sides_of(shifted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forgotten_gates_are_refused_on_shards(dtype):
+    run_ranks(_on_a_shard, 2, dtype)
+
+
+def test_the_dense_answer_is_the_papers(monkeypatch):
+    case = whole(torch.float64)
+    monkeypatch.setattr(benchmark_checks, "CHUNK_TOKENS", 24)
+    ids = benchmark_checks.rows_to_compare(SIZE[0], case.hidden.device)
+    assert ids.tolist() == list(range(SIZE[0]))
+    answers = benchmark_checks.dense_gradients(case, ids)
+    for gates in (None, case.gates):
+        side = lambda h, w, gates=gates: reference_gated_cross_entropy(h, w, case.target, gates)  # noqa: E731
+        for mine, papers in zip(answers[gates is not None], benchmark.run_side(case, side), strict=True):
+            torch.testing.assert_close(mine, papers, rtol=1e-9, atol=1e-15)
+
+
+def test_other_libraries_may_fail(capsys, tmp_path, monkeypatch):
     sides_of = benchmark.sides_of
 
-    def wrong(case):
+    def with_bad_ones(case):
         sides, gated = sides_of(case)
-        return {**sides, "wrong": lambda h, w: 1.01 * sides["ungated"](h, w)}, gated
+        sides = {name: sides[name] for name in OURS}
+        off, broken = lambda h, w: 1.01 * sides["ungated"](h, w), lambda h, w: [][1]
+        return {**sides, "off": off, "broken": broken, "torch cross_entropy": broken}, gated
 
-    monkeypatch.setattr(benchmark, "sides_of", wrong)
-    with pytest.raises(AssertionError, match="wrong differs by 1"):
-        benchmark.main(["--sizes", "514x8x64", "--rounds", "2"])
+    monkeypatch.setattr(benchmark, "sides_of", with_bad_ones)
+    text, saved = run(capsys, tmp_path)
+    (result,) = saved["results"]
+    assert result["sides"]["off"]["failed"].startswith("row of dH off by 1.0e-02, budget ")
+    assert "off (!)" in text and f"(!) off: {result['sides']['off']['failed']}" in text
+    assert result["not_timed"]["broken"] == "IndexError: list index out of range" and "broken" not in result["sides"]
+    assert "not timed: broken: IndexError" in text
 
 
-def test_bad_options():
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main(["--rounds", "1"])
-    assert stop.value.code == 2
+def test_counting_leaves_the_window_full():
+    call = counting_calls(whole())["counting and gating, rare_fraction"]
+    (gating,) = (cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    before = gating.frequency.appearances.clone()
+    call()
+    assert gating.frequency.steps == gating.frequency.window_steps and gating.frequency.tokens == 8 * SIZE[2]
+    assert not torch.equal(before, gating.frequency.appearances)
+
+
+def test_what_does_not_fit_is_left_out(capsys, tmp_path, monkeypatch):
+    shard = VocabShard(0, SIZE[0], SIZE[0])
+    base = benchmark_limits.base_bytes(SIZE, torch.float32, "cpu", shard)
+    some = base + benchmark_limits.side_bytes("torch cross_entropy", SIZE, shard)
+    monkeypatch.setattr(benchmark_limits, "available_bytes", lambda device, shard: int(some / 0.9) + 1)
+    text, saved = run(capsys, tmp_path, "--sides", "cross_entropy", "paper")
+    (result,) = saved["results"]
+    assert "torch cross_entropy" in result["sides"] and "paper's form" not in result["sides"]
+    assert result["not_timed"]["paper's form"].startswith("needs ") and "not timed: paper's form: needs" in text
+    monkeypatch.setattr(benchmark_limits, "available_bytes", lambda device, shard: base)
+    text, saved = run(capsys, tmp_path)
+    assert saved["results"][0]["skipped"].startswith("needs ") and "skipped, needs" in text
+    assert not saved["results"][0]["sides"] and "none is stated" in text
+
+
+def test_grid_and_time_limit(capsys, tmp_path, monkeypatch):
+    assert len(benchmark_limits.grid_sizes()) == 3 * 3 * 2 + 1
+    monkeypatch.setattr(benchmark_limits, "grid_sizes", lambda: [SIZE, (1030, 8, 64)])
+    text, saved = run(capsys, tmp_path, "--grid", "--tensor-parallel", "1", "--limit-seconds", "1e-6")
+    assert [result["vocab_size"] for result in saved["results"]] == [515, 1030]
+    assert text.count("skipped, would take about") == 2
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    def second_is_interrupted(size, *rest):
+        if size[0] != 515:
+            raise KeyboardInterrupt
+        return small_result()
+
+    monkeypatch.setattr(benchmark, "benchmark", second_is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(["--sizes", "515x8x64", "1030x8x64", "--output", str(tmp_path / "it.json")])
+    assert len(json.loads((tmp_path / "it.json").read_text())["results"]) == 1
+
+
+def test_targets():
+    verdicts = {v["target"]: v for v in benchmark_report.judge([small_result()])}
+    assert verdicts["gated / ungated <= 1.01"]["verdict"] == "missed"
+    assert verdicts["gated / torch cross_entropy <= 0.90"]["verdict"] == "met"
+    assert verdicts["paper's form / gated >= 4.00"]["verdict"] == "met"
+    assert verdicts["peak memory of paper's form / gated >= 8.00"]["measured"] == 10
+    assert not any("three matmuls" in target for target in verdicts)  # of another size
+    noisy = small_result()
+    noisy["sides"]["gated"]["seconds"][:2] = [0.9, 0.95]
+    assert benchmark_report.judge([noisy])[0]["verdict"] == "within spread"
+    here = small_result(vocab_size=32_768, tokens=4096)
+    assert [v["verdict"] for v in benchmark_report.judge([here]) if "three" in v["target"]] == ["met"]
+    assert "missed" in benchmark_report.targets_table(list(verdicts.values()))
+
+
+def test_interval_of_the_median():
+    assert median_interval(range(9)) == (1, 7)  # 2 P(B < 2) = 0.039 with B of (9, 1/2)
+    assert median_interval(range(5)) == (0, 4) and median_interval(range(6)) == (0, 5)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, 9, generator=generator).tolist()
+    held = sum(low <= 0.5 <= high for low, high in map(median_interval, draws))
+    assert 0.95 <= held / len(draws) <= 0.975
+
+
+def test_bad_options(capsys, tmp_path):
+    for arguments in (["--rounds", "1"], ["--tensor-parallel", "0"], ["--output", str(tmp_path / "no" / "file")]):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(arguments)
+        assert stop.value.code == 2
