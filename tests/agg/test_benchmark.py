@@ -200,6 +200,7 @@ def test_targets():
 
 def test_interval_of_the_median():
     assert median_interval(range(9)) == (1, 7)  # 2 P(B < 2) = 0.039 with B of (9, 1/2)
+    assert median_interval(range(11)) == (1, 9)  # k = 3 would hold it with 2 P(B < 3) = 0.065
     assert median_interval(range(5)) == (0, 4) and median_interval(range(6)) == (0, 5)
     generator = torch.Generator().manual_seed(0)
     draws = torch.rand(2000, 9, generator=generator).tolist()
