@@ -76,7 +76,7 @@ def base_bytes(size: Size, dtype: torch.dtype, device: str, shard: VocabShard) -
     (vocab_size, hidden_size, tokens), rows = size, len(shard)
     entry, exact = dtype.itemsize, exact_dtype(dtype).itemsize
     matrices = (rows + tokens) * hidden_size
-    chunk = min(tokens, default_chunk_tokens(rows, device)) * rows
+    chunk = default_chunk_tokens(rows, tokens, device) * rows
     floor = entry * (tokens * rows + matrices)
     check = (2 * entry + exact) * vocab_size * hidden_size + 3 * exact * CHUNK_TOKENS * vocab_size
     return (2 * entry + 4) * matrices + (entry + 8) * chunk + max(floor, check)
