@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from agg import kernels
@@ -24,6 +26,9 @@ class HostCopy:
     def is_here(self) -> bool:
         """Whether it can be read without a wait."""
         return kernels.values_are_at_hand(self._tensor) and self._event is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostCopy:
+        return HostCopy(self.get().clone())  # events cannot be copied
 
     def get(self) -> torch.Tensor:
         if self._event is not None:

@@ -183,10 +183,10 @@ class Sweep:
         if self._factors is not None:
             after = self._factors[1]
             # No gate holds what is added at a target: its row gets its factor before. Row 0 may be among them.
-            at_hand = torch.zeros_like(after, dtype=torch.bool).index_fill_(0, self._rows, True)
+            of_targets = torch.zeros_like(after, dtype=torch.bool).index_fill_(0, self._rows, True)
             always = torch.ones((), dtype=torch.bool, device=after.device)
-            kernels.scale_rows_if_(self._weight_sum, torch.where(at_hand, after, 1), always)
-            factor = torch.where(at_hand, 1, after)
+            kernels.scale_rows_if_(self._weight_sum, torch.where(of_targets, after, 1), always)
+            factor = torch.where(of_targets, 1, after)
         self._add_target_entries()
         return factor
 

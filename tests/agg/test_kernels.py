@@ -22,6 +22,7 @@ from agg import (
     step_counts,
     triton_kernels,
 )
+from tests.agg.on_device import CHECKS, transposed
 from tests.agg.problems import dense_answer, make_problem, weigh
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "item")
@@ -118,11 +119,6 @@ def test_rows_are_scaled_if(request, path, condition):
     expected = matrix * factor[:, None] if condition else matrix.clone()
     kernels.scale_rows_if_(matrix, factor, torch.tensor(condition))
     assert torch.equal(matrix, expected)
-
-
-def transposed(tensor):
-    """The same values in the storage of the transposed matrix."""
-    return tensor.T.contiguous().T
 
 
 def answer(problem, dtype, laid_out=torch.clone, **options):
@@ -236,3 +232,9 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
     assert {name: kernel["spilled"] for name, kernel in made.items()} == dict.fromkeys(made, 0)
     for name in ("softmax", "softmax of 50,257 columns"):  # 32 columns of 2 bytes for each of 1,024 threads, twice
         assert made[name]["memory"]["ld.global.v4.b32"] == 8 and made[name]["memory"]["st.global.v4.b32"] == 4
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_what_is_checked_on_a_gpu(check):
+    """See there: with the CPU as the device, so that the checks themselves are known to run."""
+    assert check("cpu")

@@ -1,0 +1,129 @@
+"""``python -m tests.agg.on_device``: the loss and the counts on a GPU, against the CPU; prints what it saw.
+
+The suite runs the same checks with the CPU as the device, as it must pass without a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from agg import AdaptiveGradientGating, Gates, TokenFrequency, VocabShard, gated_linear_cross_entropy
+from tests.agg.problems import Problem, dense_answer, make_problem, weigh
+
+Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, dH, dW
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"chunk_tokens": 61},
+    {"chunk_tokens": 61, "reduction": "none", "label_smoothing": 0.1},
+    {"reduction": "sum"},
+)
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in the storage of the transposed matrix."""
+    return tensor.T.contiguous().T
+
+
+def answer(
+    problem: Problem, device: str, dtype: torch.dtype, laid_out: Callable[[torch.Tensor], torch.Tensor], **options: Any
+) -> Answer:
+    hidden = laid_out(problem.hidden.to(device, dtype)).detach().requires_grad_()
+    weight = laid_out(problem.weight.to(device, dtype)).detach().requires_grad_()
+    gates = Gates(*(getattr(problem.gates, name).to(device) for name in ("rare", "g1", "g2", "rare_ids")))
+    shard = problem.shard(0, 1)
+    loss = gated_linear_cross_entropy(hidden, weight, problem.target.to(device), gates, shard, **options)
+    weigh(loss).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return loss.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu()
+
+
+def check_loss(device: str) -> str:
+    """Error budget: of the CPU in the same dtype against the paper's form in fp64, plus 20 % and one eps."""
+    worst = 0.0
+    for vocab_size in (507, 4_096):
+        problem = make_problem(tokens=400, hidden_size=64, vocab_size=vocab_size, ignored=0.2)
+        for options in OPTIONS:
+            exact = dense_answer(problem, **{key: value for key, value in options.items() if key != "chunk_tokens"})
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for laid_out in (torch.clone, transposed):
+                    mine = answer(problem, device, dtype, laid_out, **options)
+                    plain = answer(problem, "cpu", dtype, torch.clone, **options)
+                    for name, got, reference, truth in zip(("loss", "dH", "dW"), mine, plain, exact, strict=True):
+                        error, own = ((x.double() - truth).abs().max() / truth.abs().max() for x in (got, reference))
+                        budget = 1.2 * own + torch.finfo(dtype).eps
+                        worst = max(worst, float(error / budget))
+                        assert error <= budget, (
+                            f"{name}, V {vocab_size}, {dtype}, {options}: {error:.1e} > {budget:.1e}"
+                        )
+    return f"errors at most {worst:.2f} of their budgets"
+
+
+def check_repeats(device: str) -> str:
+    """The same bits each time: what is added to a row of dW is added in one order."""
+    problem = make_problem(tokens=4_000, hidden_size=64)
+    runs = [answer(problem, device, torch.bfloat16, torch.clone, chunk_tokens=512) for _ in range(5)]
+    assert all(torch.equal(one, first) for run in runs for one, first in zip(run, runs[0], strict=True))
+    return "five runs are equal to the bit"
+
+
+@contextmanager
+def refusing_waits(device: str) -> Iterator[None]:
+    """On a GPU an operation that waits for it is an error."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def check_waits(device: str) -> str:
+    """A whole step, after the first that compiles kernels and moves what lies on the host; the window overflows."""
+    problem = make_problem()
+    target = problem.target.to(device)
+    hidden, weight = (x.to(device, torch.bfloat16).requires_grad_() for x in (problem.hidden, problem.weight))
+    for window in ("sliding", "exponential"):
+        loss_of = AdaptiveGradientGating(
+            problem.shard(0, 1), rare_fraction=0.3, window_steps=2, window=window, excluded_ids=(1,)
+        )
+        loss_of(hidden, weight, target).backward()
+        with refusing_waits(device):
+            for _ in range(4):
+                loss_of(hidden, weight, target).backward()
+        assert int(loss_of.frequency.steps) == 2
+    return "a step waits for nothing" if device == "cuda" else "steps run"
+
+
+def check_errors(device: str) -> str:
+    """In words, a step late at most."""
+    frequency = TokenFrequency(VocabShard(0, 512, 507), 3)
+    try:
+        frequency.update(torch.tensor([3, 507], device=device))
+        assert frequency.appearances is not None
+        frequency.update(torch.tensor([3], device=device))
+    except ValueError as error:
+        assert "1 targets of this step are outside the vocabulary of 507 ids" in str(error)
+        return "a wrong target is told in words"
+    raise AssertionError("a target outside the vocabulary was counted")
+
+
+CHECKS = (check_loss, check_repeats, check_waits, check_errors)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no GPU here; the suite runs these checks on the CPU")
+        return 2
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    for check in CHECKS:
+        print(f"{check.__name__}: {check('cuda')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
