@@ -28,6 +28,9 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.T.contiguous().T
 
 
+KINDS = ((torch.float32, torch.clone), (torch.bfloat16, transposed), (torch.float16, torch.clone))
+
+
 def answer(
     problem: Problem, device: str, dtype: torch.dtype, laid_out: Callable[[torch.Tensor], torch.Tensor], **options: Any
 ) -> Answer:
@@ -48,17 +51,14 @@ def check_loss(device: str) -> str:
         problem = make_problem(tokens=400, hidden_size=64, vocab_size=vocab_size, ignored=0.2)
         for options in OPTIONS:
             exact = dense_answer(problem, **{key: value for key, value in options.items() if key != "chunk_tokens"})
-            for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                for laid_out in (torch.clone, transposed):
-                    mine = answer(problem, device, dtype, laid_out, **options)
-                    plain = answer(problem, "cpu", dtype, torch.clone, **options)
-                    for name, got, reference, truth in zip(("loss", "dH", "dW"), mine, plain, exact, strict=True):
-                        error, own = ((x.double() - truth).abs().max() / truth.abs().max() for x in (got, reference))
-                        budget = 1.2 * own + torch.finfo(dtype).eps
-                        worst = max(worst, float(error / budget))
-                        assert error <= budget, (
-                            f"{name}, V {vocab_size}, {dtype}, {options}: {error:.1e} > {budget:.1e}"
-                        )
+            for dtype, laid_out in KINDS:
+                mine = answer(problem, device, dtype, laid_out, **options)
+                plain = answer(problem, "cpu", dtype, torch.clone, **options)
+                for name, got, reference, truth in zip(("loss", "dH", "dW"), mine, plain, exact, strict=True):
+                    error, own = ((x.double() - truth).abs().max() / truth.abs().max() for x in (got, reference))
+                    budget = 1.2 * own + torch.finfo(dtype).eps
+                    worst = max(worst, float(error / budget))
+                    assert error <= budget, f"{name}, V {vocab_size}, {dtype}, {options}: {error:.1e} > {budget:.1e}"
     return f"errors at most {worst:.2f} of their budgets"
 
 
