@@ -32,6 +32,9 @@ class DecayedTokenFrequency(StepCounts):
         self._before = self._totals
         self._totals = self._totals * (1 - 1 / self.window_steps) + delta
 
+    def _forget_undo(self) -> None:
+        self._before = None
+
     def undo_update(self) -> None:
         self._settled()
         if self._before is None:
@@ -52,7 +55,7 @@ class DecayedTokenFrequency(StepCounts):
             "totals": totals,
         }
 
-    def _keep(self, kept: None, part: dict[str, Any], low: int, high: int) -> None:
+    def _keep(self, kept: None, part: dict[str, Any]) -> None:
         """Totals are all there is."""
 
     def _resume(self, updates: int, kept: None) -> None:

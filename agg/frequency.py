@@ -13,6 +13,8 @@ from agg.host_copy import HostCopy
 from agg.step_counts import STATE_VERSION, StepCounts
 
 Slot = tuple[torch.Tensor, torch.Tensor]  # rows, the last of which may be V_local, and their counts; int32, on the CPU
+# Of saved steps, by slot: the count of all targets; by their first ids the ends and slots of pieces of the vocabulary.
+Kept = dict[int, tuple[torch.Tensor, dict[int, tuple[int, Slot]]]]
 
 
 class TokenFrequency(StepCounts):
@@ -66,6 +68,9 @@ class TokenFrequency(StepCounts):
             self._arriving = None
         return self._slots
 
+    def _forget_undo(self) -> None:
+        self._undo = None
+
     def undo_update(self) -> None:
         totals = self._settled()
         if self._undo is None:
@@ -98,37 +103,38 @@ class TokenFrequency(StepCounts):
             "counts": torch.cat([empty, *(slots[slot][1] for slot in order)]),
         }
 
-    def _nothing_kept(self) -> dict[int, dict[int, tuple[int, Slot, torch.Tensor]]]:
-        return {}  # slot -> first id -> end, its rows here and their counts, the count of all targets
+    def _nothing_kept(self) -> Kept:
+        return {}
 
-    def _keep(self, kept: dict[int, Any], part: dict[str, Any], low: int, high: int) -> None:
+    def _keep(self, kept: Kept, part: dict[str, Any]) -> None:
+        low, high = max(self.shard.start, part["start"]), min(self.shard.stop, part["stop"])
         ends = part["lengths"].cumsum(0)
         for slot, end, length in zip(part["slots"].tolist(), ends.tolist(), part["lengths"].tolist(), strict=True):
             if slot % self._world_size != self._rank:
                 continue
             ids = part["rows"][end - length : end].long() + part["start"]
             counts = part["counts"][end - length : end]
-            here, of_all = (ids >= low) & (ids < high), ids == part["stop"]
-            rows = (ids[here] - self.shard.start).to(torch.int32)
-            kept.setdefault(slot, {})[low] = (high, (rows, counts[here]), counts[of_all])
+            _, pieces = kept.setdefault(slot, (counts[ids == part["stop"]], {}))
+            if low < high:
+                here = (ids >= low) & (ids < high)
+                pieces[low] = (high, ((ids[here] - self.shard.start).to(torch.int32), counts[here]))
 
-    def _resume(self, updates: int, kept: dict[int, Any]) -> None:
+    def _resume(self, updates: int, kept: Kept) -> None:
         owned = [slot for slot in range(min(updates, self.window_steps)) if slot % self._world_size == self._rank]
-        self._slots = {slot: self._joined(slot, kept.get(slot, {})) for slot in owned}
+        self._slots = {slot: self._joined(slot, kept) for slot in owned}
         self._arriving = self._undo = None
 
-    def _joined(self, slot: int, pieces: dict[int, tuple[int, Slot, torch.Tensor]]) -> Slot:
+    def _joined(self, slot: int, kept: Kept) -> Slot:
         """One step of the window, from pieces that must follow one another."""
-        at = self.shard.start
+        of_all, pieces = kept.get(slot, (None, {}))
+        at, stop = self.shard.start, self.shard.start + self.shard.real
         while at in pieces:
             at = pieces[at][0]
-        if at < self.shard.start + self.shard.real or not pieces:
+        if of_all is None or at < stop:
             raise ValueError(
-                f"the saved token counts lack step slot {slot} of ids {at} to {self.shard.start + self.shard.real}; "
-                "give the parts of all ranks"
+                f"the saved token counts lack step slot {slot} of ids {at} to {stop}; give the parts of all ranks"
             )
         held = [pieces[low][1] for low in sorted(pieces)]
-        of_all = next(iter(pieces.values()))[2]
         rows = [*(rows for rows, _ in held), torch.full_like(of_all, len(self.shard))]
         return torch.cat(rows), torch.cat([*(counts for _, counts in held), of_all])
 

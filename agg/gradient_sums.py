@@ -14,7 +14,8 @@ import torch
 class GradientSums:
     """The gradients up to a scale, in float32 at least.
 
-    Rounding to the dtype of the inputs comes last, so that nothing underflows on its way to a loss scaler in float16.
+    Of a mean or a sum, whose scale comes in backward, rounding to the dtype of the inputs is the last thing done: what
+    would underflow in float16 meets its loss scaler before.
 
     Attributes:
         losses: [T], 0 where ignored.

@@ -77,8 +77,12 @@ def gate_leading_rows_(p: torch.Tensor, gate: torch.Tensor, count: torch.Tensor)
 def scale_rows_if_(matrix: torch.Tensor, factor: torch.Tensor, condition: torch.Tensor) -> None:
     """``if condition: matrix *= factor[:, None]`` with matrix [V_local, D], factor [V_local], condition bool []."""
     if values_are_at_hand(condition):
-        if bool(condition):
-            (rows,) = (factor != 1).nonzero(as_tuple=True)
+        if not bool(condition):
+            return
+        (rows,) = (factor != 1).nonzero(as_tuple=True)
+        if 8 * len(rows) > len(factor):  # a copy of so many rows would be the peak of memory
+            matrix *= factor[:, None]
+        else:
             matrix[rows] *= factor[rows, None]
     elif (triton := _triton_for(matrix)) is not None:
         triton.scale_rows_if_(matrix, factor, condition)

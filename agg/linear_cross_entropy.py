@@ -103,8 +103,8 @@ def default_chunk_tokens(rows: int, tokens: int, device_type: str) -> int:
 
 
 def as_under_autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the dtype that autocast asks for, where it is on; as torch.nn.functional.linear does."""
-    if not torch.is_autocast_enabled(hidden.device.type):
+    """Both in the dtype that autocast asks for, where it is on; as torch.nn.functional.linear, which spares float64."""
+    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
         return hidden, weight
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype)
@@ -156,7 +156,7 @@ def _check_gates(gates: Gates, shard: VocabShard) -> None:
     if gates.rare_ids is not None and gates.rare_ids.shape != (padded,):
         raise ValueError(f"gates.rare_ids has {gates.rare_ids.numel()} ids, all shards have {padded}")
     if gates.rare.dtype != torch.bool or (gates.rare_ids is not None and gates.rare_ids.dtype != torch.bool):
-        raise ValueError(f"gates.rare and gates.rare_ids must be bool, got {gates.rare.dtype}")
+        raise ValueError("gates.rare and gates.rare_ids must be bool")
 
 
 def _check_targets(target: torch.Tensor, ignore_index: int, shard: VocabShard) -> None:
@@ -172,8 +172,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: Job, reduction: str, with_gradients: bool
     ) -> torch.Tensor:
-        ctx.reduction, ctx.job = reduction, job
+        ctx.reduction = reduction
         if reduction == "none":  # the gradient of each loss is only known in backward
+            ctx.job = job
             ctx.save_for_backward(hidden, weight)
             return Sweep(job, hidden, weight, None, False, False).run().losses.to(sum_dtype(hidden.dtype))
         valid = job.valid().to(sum_dtype(hidden.dtype))

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from agg.decayed_frequency import DecayedTokenFrequency
 from agg.frequency import TokenFrequency
 from agg.gating import Gates, alpha_of_rare_fraction, rarity_gates
-from agg.linear_cross_entropy import as_under_autocast, check_inputs, check_options, gated_linear_cross_entropy
+from agg.linear_cross_entropy import as_under_autocast, check_inputs, gated_linear_cross_entropy
 from agg.probe import LossProbe
-from agg.same_settings import compare_ranks
+from agg.settings import agree_on_settings
 from agg.vocab_shard import VocabShard
 
 
@@ -21,15 +21,17 @@ class AdaptiveGradientGating(torch.nn.Module):
     """A cross-entropy that keeps rare tokens alive; in ``eval()`` the plain cross-entropy.
 
     Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
-    of the step first, then the loss once per micro-batch; before the forward pass, which then hides the all-reduce of
-    the counts. Do the one or the other, not both. For the gradient of the
-    whole step divide sums (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
+    of the step before its first forward pass, which then hides the all-reduce of the counts; then the loss once per
+    micro-batch. Do the one or the other, not both. For the gradient of the whole step divide sums
+    (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
 
     A loss that is not finite comes back as it is, as from torch's; unless :meth:`undo_step` takes the step back, all
     data-parallel ranks raise FloatingPointError in the step after (on a GPU, the one after that), so that none is left
     waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite.
 
-    Building one is a collective of all ranks of its groups, which compare what they were given.
+    Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
+    its device set before. What is wrong with the targets of one rank, or the shapes of a call without
+    :meth:`begin_step`, is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
@@ -43,7 +45,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap: see :func:`~agg.gated_linear_cross_entropy`.
 
     Raises:
-        ValueError: an option out of its range; on all ranks, settings or shards that do not fit together.
+        ValueError: on all ranks, an option of one out of its range, or settings or shards that do not fit together.
     """
 
     def __init__(
@@ -67,47 +69,31 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.shard = shard
         self.alpha, self.rare_fraction = alpha, rare_fraction
         self.reference_batch_tokens = reference_batch_tokens
-        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64).cpu()
+        # Also where a model is built on the meta device, this stays real.
+        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64, device="cpu")
         self.ignore_index = ignore_index
         self.z_loss, self.soft_cap = z_loss, soft_cap
         self.label_smoothing = label_smoothing
         self.chunk_tokens = chunk_tokens
-        kinds: dict[str, type[TokenFrequency] | type[DecayedTokenFrequency]] = {
-            "sliding": TokenFrequency,
-            "exponential": DecayedTokenFrequency,
+        settings = {
+            "alpha": alpha,
+            "rare_fraction": rare_fraction,
+            "window_steps": window_steps,
+            "window": window,
+            "reference_batch_tokens": reference_batch_tokens,
+            "excluded_ids": self.excluded_ids.tolist(),
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "chunk_tokens": chunk_tokens,
+            "z_loss": z_loss,
+            "soft_cap": soft_cap,
         }
-        if window not in kinds:
-            raise ValueError(f"window is {window!r}, must be sliding or exponential")
-        self.frequency = kinds[window](shard, window_steps, data_parallel_group)
+        agree_on_settings(shard, data_parallel_group, settings)
+        kind = TokenFrequency if window == "sliding" else DecayedTokenFrequency
+        self.frequency: TokenFrequency | DecayedTokenFrequency = kind(shard, window_steps, data_parallel_group)
         self.gates: Gates | None = None  # of the current step
         self._fault: torch.Tensor | None = None  # bool []: a loss since the last count was not finite
         self._explicit_steps: bool | None = None
-        if (alpha is None) == (rare_fraction is None):
-            raise ValueError(f"give alpha or rare_fraction, and not both: got {alpha} and {rare_fraction}")
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"alpha is {alpha}, must be above 0")
-        if rare_fraction is not None and not 0 < rare_fraction < 1:
-            raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
-        if not isinstance(reference_batch_tokens, int) or reference_batch_tokens < 1:
-            raise ValueError(
-                f"reference_batch_tokens is {reference_batch_tokens}, must be a whole number of at least 1"
-            )
-        for excluded in self.excluded_ids.tolist():
-            if not 0 <= excluded < shard.vocab_size:
-                raise ValueError(f"excluded_ids has {excluded}, outside the vocabulary of {shard.vocab_size} ids")
-        check_options(label_smoothing, chunk_tokens, z_loss, soft_cap)
-        compare_ranks(
-            shard,
-            data_parallel_group,
-            {
-                "alpha": alpha,
-                "rare_fraction": rare_fraction,
-                "window_steps": window_steps,
-                "window": window,
-                "reference_batch_tokens": reference_batch_tokens,
-                "the hash of excluded_ids": hash(tuple(self.excluded_ids.tolist())),
-            },
-        )
 
     def begin_step(self, targets: torch.Tensor) -> None:
         """Count all targets of this rank in the coming optimizer step, of any shape."""
@@ -147,6 +133,7 @@ class AdaptiveGradientGating(torch.nn.Module):
     ) -> torch.Tensor:
         """The loss of ``hidden`` [T, D] against ``target`` [T] under ``weight`` [V_local, D]."""
         gates = None
+        hidden, weight = as_under_autocast(hidden, weight)  # once, as both are looked at before they are used
         if self.training:
             if self._explicit_steps is not True:
                 self._set_explicit(False)
@@ -196,7 +183,7 @@ def _problem_of(
 ) -> Exception | None:
     """What the loss would refuse, before the targets are counted."""
     try:
-        check_inputs(*as_under_autocast(hidden, weight), target, shard)
+        check_inputs(hidden, weight, target, shard)
     except ValueError as problem:
         return problem
     return None

@@ -44,8 +44,7 @@ class StepCounts(ABC):
     def __init__(
         self, shard: VocabShard, window_steps: int, data_parallel_group: dist.ProcessGroup | None = None
     ) -> None:
-        if not isinstance(window_steps, int) or window_steps < 1:
-            raise ValueError(f"window_steps is {window_steps}, must be a whole number of at least 1")
+        check_window_steps(window_steps)
         if data_parallel_group is not None and dist.get_rank(data_parallel_group) < 0:
             raise ValueError("this rank is not in the data-parallel group that it was given")
         self.shard = shard
@@ -91,7 +90,9 @@ class StepCounts(ABC):
     ) -> None:
         """Count one optimizer step. The all-reduce runs in the background until a count is read.
 
-        What is wrong on one data-parallel rank is told with the counts, so that none is left waiting for another.
+        What is wrong with it on one data-parallel rank is told with the counts, so that on CPUs none is left waiting
+        for another. On GPUs the others hear of it too late for the step at hand, and end with the launcher or the
+        time-out of their group; so do tensor-parallel ranks of the one that refuses.
 
         Args:
             targets: global ids of any shape, all targets of this rank in this step. Every data-parallel rank
@@ -110,6 +111,7 @@ class StepCounts(ABC):
         totals = self._settled(targets.device)
         if totals.device != targets.device:  # loaded from a checkpoint
             self._totals = totals.to(targets.device)
+        self._forget_undo()  # if this step is refused, the one before must not be taken for it
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             problem = problem or TypeError(f"targets must be integer ids, got {targets.dtype}")
         if problem is not None:
@@ -185,7 +187,7 @@ class StepCounts(ABC):
             if low < high:
                 totals[low - start : high - start] = part["totals"][low - part["start"] : high - part["start"]]
                 covered[low - start : high - start] = True
-                self._keep(kept, part, low, high)
+            self._keep(kept, part)
         if updates is None:
             raise ValueError("no saved token counts were given")
         if not bool(covered[: self.shard.real].all()):
@@ -212,8 +214,8 @@ class StepCounts(ABC):
         return None
 
     @abstractmethod
-    def _keep(self, kept: Any, part: dict[str, Any], low: int, high: int) -> None:
-        """Add to ``kept`` what this rank needs of ids ``[low, high)`` in a saved part, beside the totals."""
+    def _keep(self, kept: Any, part: dict[str, Any]) -> None:
+        """Add to ``kept`` what this rank needs of a saved part, beside the totals."""
 
     @abstractmethod
     def _resume(self, updates: int, kept: Any) -> None:
@@ -231,6 +233,10 @@ class StepCounts(ABC):
         """Bring the totals up to date with the reduced histogram [V_local + 1] of a step."""
 
     @abstractmethod
+    def _forget_undo(self) -> None:
+        """From now on there is no update to take back."""
+
+    @abstractmethod
     def undo_update(self) -> None:
         """Take back the last update, for a step that was skipped. Only one can be taken back.
 
@@ -241,6 +247,15 @@ class StepCounts(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, on the CPU; the parts of all ranks together are the whole window."""
+
+
+def check_window_steps(window_steps: int) -> None:
+    """
+    Raises:
+        ValueError: it is not a whole number of at least 1.
+    """
+    if not isinstance(window_steps, int) or window_steps < 1:
+        raise ValueError(f"window_steps is {window_steps}, must be a whole number of at least 1")
 
 
 def step_histogram(targets: torch.Tensor, shard: VocabShard, ignore_index: int) -> torch.Tensor:
@@ -255,6 +270,6 @@ def step_histogram(targets: torch.Tensor, shard: VocabShard, ignore_index: int) 
     histogram.index_add_(
         0, torch.where(here & counted & ~outside, rows, len(histogram) - 1), torch.ones_like(flat, dtype=torch.int32)
     )
-    none = torch.zeros_like(counted.sum())
-    histogram[size:] = torch.stack([counted.sum(), outside.sum(), none, none])
+    histogram[size:] = 0
+    histogram[size], histogram[size + 1] = counted.sum(), outside.sum()
     return histogram

@@ -74,7 +74,7 @@ def load(model: ModelWithLoss, optimizer: torch.optim.Optimizer, folder: Path) -
     state: dict[str, Any] = {"weights": weights, "moments": moments, "step": 0}
     dcp.load(state, checkpoint_id=folder)  # type: ignore[attr-defined]
     set_state_dict(model.model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"])
-    model.loss_of.set_extra_state([torch.load(part) for part in sorted(folder.glob("token_counts_*.pt"))])
+    model.loss_of.set_extra_state(torch.load(part) for part in sorted(folder.glob("token_counts_*.pt")))
     return int(state["step"])
 
 

@@ -68,7 +68,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         parts = sorted(Path(resume_from_checkpoint).glob("token_counts_*.pt"))
-        self.loss_of.set_extra_state([torch.load(part) for part in parts])  # of any number of ranks
+        self.loss_of.set_extra_state(torch.load(part) for part in parts)  # of any number of ranks
 
 
 def train(model: PreTrainedModel, folder: str, steps: int = 30, **options: Any) -> GatedTrainer:

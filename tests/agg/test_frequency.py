@@ -48,6 +48,32 @@ def test_undo_takes_back_exactly_one_step():
     assert torch.equal(frequency.appearances, recount([seen[3], seen[4], seen[6]]))
 
 
+@pytest.mark.parametrize("kind", [TokenFrequency, DecayedTokenFrequency])
+def test_a_refused_step_leaves_nothing_to_take_back(kind):
+    """The step before it must not be taken for it."""
+    frequency = kind(VocabShard.of_rank(50, 0, 1), 4)
+    frequency.update(torch.tensor([3]))
+    frequency.update(torch.tensor([50]))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        assert frequency.tokens
+    with pytest.raises(RuntimeError, match="no update to take back"):
+        frequency.undo_update()
+    assert frequency.steps == 1 and frequency.tokens == 1
+
+
+def test_a_shard_beyond_what_was_saved():
+    """As when the vocabulary is padded to a multiple of the tensor-parallel degree, which then rises."""
+    whole, beyond = VocabShard.of_rank(50, 0, 1), VocabShard(128, 192, 50)
+    first, second = TokenFrequency(whole, 2), TokenFrequency(beyond, 2)
+    for batch in batches(3):
+        first.update(batch)
+    second.load_state_dict(first.state_dict())
+    for batch in batches(5)[3:]:
+        for one in (first, second):
+            one.update(batch)
+        assert first.tokens == second.tokens and not second.appearances.any()
+
+
 def test_the_window_takes_eight_bytes_for_each_distinct_id_of_a_step():
     """And eight for the step's own total; 8 d ceil(K / R) is what PERFORMANCE.md plans with."""
     frequency, seen = TokenFrequency(VocabShard.of_rank(50, 0, 1), 4), batches(9)

@@ -92,6 +92,14 @@ def test_under_autocast_mixed_dtypes_are_cast():
     assert torch.allclose(loss.double(), module.eval()(problem.hidden, problem.weight, problem.target), rtol=1e-2)
 
 
+def test_a_model_that_is_built_on_the_meta_device():
+    problem = make_problem()
+    with torch.device("meta"):
+        module = build(problem, excluded_ids=(1,))
+    module(problem.hidden, problem.weight, problem.target)
+    assert module.current_gates().rare.any() and not module.current_gates().rare[1]
+
+
 def test_a_copy_counts_on_its_own():
     """As an average of weights keeps one."""
     problem = make_problem()

@@ -99,17 +99,22 @@ def test_a_call_that_one_rank_refuses():
 def settings_that_differ(rank: int, world_size: int, what: str):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     world, mine, other = dist.group.WORLD, pairs[rank // 2], pairs[1 - rank // 2]
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
     half = VocabShard(256 * (rank % 2), 256 * (rank % 2) + 256, 507, mine)
     build = functools.partial(AdaptiveGradientGating, alpha=0.3, window_steps=2)
     if what == "window":
         return caught(lambda: build(VocabShard(0, 512, 507), window_steps=2 + rank // 3, data_parallel_group=world))
+    if what == "option of one":
+        return caught(lambda: build(half, alpha=0.3 if rank else -1.0, data_parallel_group=across))
+    if what == "one of four":
+        return caught(lambda: build(half, label_smoothing=0.1 * (rank // 3), data_parallel_group=across))
     if what == "alpha":
-        return caught(lambda: build(half, alpha=0.3 + rank % 2))
+        return caught(lambda: build(half, alpha=0.3 + rank % 2, data_parallel_group=across))
     if what == "group of all ranks":
         return caught(lambda: build(half, data_parallel_group=world))
     if what == "group of others":
         return caught(lambda: TokenFrequency(half, 2, other)), caught(lambda: VocabShard(0, 256, 507, other))
-    return caught(lambda: build(VocabShard(0, 512, 507)))
+    raise AssertionError(what)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,8 @@ def settings_that_differ(rank: int, world_size: int, what: str):
     [
         ("window", "window_steps is 2 on rank 0 of the data-parallel group and 3 on rank 3"),
         ("alpha", "alpha is 0.3 on rank 0 of the tensor-parallel group and 1.3 on rank 1"),
+        ("option of one", "alpha is -1.0, must be above 0"),
+        ("one of four", "label_smoothing is 0.0 on rank 0 of the data-parallel group and 0.1 on rank 1"),
         ("group of all ranks", "rows is (0, 256) on rank 0 of the data-parallel group and (256, 512) on rank 1"),
     ],
 )
