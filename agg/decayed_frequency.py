@@ -23,24 +23,13 @@ class DecayedTokenFrequency(StepCounts):
     _totals_dtype = torch.float64
     _kind = "exponential"
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._before: torch.Tensor | None = None
-
     def _apply(self, delta: torch.Tensor) -> None:
         assert self._totals is not None
-        self._before = self._totals
+        self._undo = self._totals
         self._totals = self._totals * (1 - 1 / self.window_steps) + delta
 
-    def _forget_undo(self) -> None:
-        self._before = None
-
-    def undo_update(self) -> None:
-        self._settled()
-        if self._before is None:
-            raise RuntimeError("no update to take back: only the last one can be undone, and only once")
-        self._totals, self._before = self._before, None
-        self._updates -= 1
+    def _take_back(self, undo: torch.Tensor) -> None:
+        self._totals = undo
 
     def state_dict(self) -> dict[str, Any]:
         totals = self._settled().cpu().clone()
@@ -55,8 +44,8 @@ class DecayedTokenFrequency(StepCounts):
             "totals": totals,
         }
 
-    def _keep(self, kept: None, part: dict[str, Any]) -> None:
+    def _keep(self, kept: dict[int, Any], part: dict[str, Any]) -> None:
         """Totals are all there is."""
 
-    def _resume(self, updates: int, kept: None) -> None:
-        self._before = None
+    def _resume(self, updates: int, kept: dict[int, Any]) -> None:
+        """Likewise."""

@@ -35,7 +35,6 @@ class TokenFrequency(StepCounts):
         super().__init__(*args, **options)
         self._slots: dict[int, Slot] = {}
         self._arriving: tuple[int, HostCopy] | None = None
-        self._undo: tuple[int, torch.Tensor, Slot | None] | None = None
 
     def _outgoing(self, histogram: torch.Tensor) -> torch.Tensor:
         leaving = self._stored().get(self._updates % self.window_steps)
@@ -68,21 +67,14 @@ class TokenFrequency(StepCounts):
             self._arriving = None
         return self._slots
 
-    def _forget_undo(self) -> None:
-        self._undo = None
-
-    def undo_update(self) -> None:
-        totals = self._settled()
-        if self._undo is None:
-            raise RuntimeError("no update to take back: only the last one can be undone, and only once")
-        slot, delta, leaving = self._undo
-        totals -= delta
-        self._updates -= 1
+    def _take_back(self, undo: tuple[int, torch.Tensor, Slot | None]) -> None:
+        slot, delta, leaving = undo
+        assert self._totals is not None
+        self._totals -= delta
         slots = self._stored()
         slots.pop(slot, None)
         if leaving is not None:
             slots[slot] = leaving
-        self._undo = None
 
     def state_dict(self) -> dict[str, Any]:
         totals = self._settled().cpu()
@@ -103,9 +95,6 @@ class TokenFrequency(StepCounts):
             "counts": torch.cat([empty, *(slots[slot][1] for slot in order)]),
         }
 
-    def _nothing_kept(self) -> Kept:
-        return {}
-
     def _keep(self, kept: Kept, part: dict[str, Any]) -> None:
         low, high = max(self.shard.start, part["start"]), min(self.shard.stop, part["stop"])
         ends = part["lengths"].cumsum(0)
@@ -122,7 +111,7 @@ class TokenFrequency(StepCounts):
     def _resume(self, updates: int, kept: Kept) -> None:
         owned = [slot for slot in range(min(updates, self.window_steps)) if slot % self._world_size == self._rank]
         self._slots = {slot: self._joined(slot, kept) for slot in owned}
-        self._arriving = self._undo = None
+        self._arriving = None
 
     def _joined(self, slot: int, kept: Kept) -> Slot:
         """One step of the window, from pieces that must follow one another."""

@@ -1,4 +1,4 @@
-"""A small tensor on its way from the device to the host."""
+"""A tensor on its way from the device to the host."""
 
 from __future__ import annotations
 

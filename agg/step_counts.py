@@ -56,6 +56,7 @@ class StepCounts(ABC):
         self._totals: torch.Tensor | None = None  # [V_local + 1], the last entry counts all targets
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
         self._complaints: HostCopy | None = None  # of the last histogram, looked at once that costs no wait
+        self._undo: Any = None  # what takes back the last update; None: there is none
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounts:
         self._settled()
@@ -111,7 +112,7 @@ class StepCounts(ABC):
         totals = self._settled(targets.device)
         if totals.device != targets.device:  # loaded from a checkpoint
             self._totals = totals.to(targets.device)
-        self._forget_undo()  # if this step is refused, the one before must not be taken for it
+        self._undo = None  # if this step is refused, the one before must not be taken for it
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             problem = problem or TypeError(f"targets must be integer ids, got {targets.dtype}")
         if problem is not None:
@@ -178,7 +179,8 @@ class StepCounts(ABC):
         size, start = len(self.shard), self.shard.start
         totals = torch.zeros(size + 1, dtype=self._totals_dtype)
         covered = torch.zeros(size, dtype=torch.bool)
-        updates, kept = None, self._nothing_kept()
+        updates: int | None = None
+        kept: dict[int, Any] = {}
         for part in [states] if isinstance(states, dict) else states:
             updates = part["updates"] if updates is None else updates
             self._check_part(part, updates)
@@ -196,7 +198,8 @@ class StepCounts(ABC):
                 "give the parts of all tensor-parallel ranks"
             )
         self._resume(updates, kept)
-        self._totals, self._updates, self._pending, self._complaints = totals, updates, None, None
+        self._totals, self._updates = totals, updates
+        self._pending = self._complaints = self._undo = None
 
     def _check_part(self, part: dict[str, Any], updates: int) -> None:
         for key, expected in (
@@ -209,16 +212,12 @@ class StepCounts(ABC):
             if part.get(key) != expected:
                 raise ValueError(f"saved token counts have {key} {part.get(key)}, this run has {expected}")
 
-    def _nothing_kept(self) -> Any:
-        """What :meth:`_keep` adds to."""
-        return None
-
     @abstractmethod
-    def _keep(self, kept: Any, part: dict[str, Any]) -> None:
+    def _keep(self, kept: dict[int, Any], part: dict[str, Any]) -> None:
         """Add to ``kept`` what this rank needs of a saved part, beside the totals."""
 
     @abstractmethod
-    def _resume(self, updates: int, kept: Any) -> None:
+    def _resume(self, updates: int, kept: dict[int, Any]) -> None:
         """Go on with what was kept.
 
         Raises:
@@ -230,19 +229,24 @@ class StepCounts(ABC):
 
     @abstractmethod
     def _apply(self, delta: torch.Tensor) -> None:
-        """Bring the totals up to date with the reduced histogram [V_local + 1] of a step."""
+        """Bring the totals up to date with the reduced histogram [V_local + 1] of a step; sets what undoes it."""
 
-    @abstractmethod
-    def _forget_undo(self) -> None:
-        """From now on there is no update to take back."""
-
-    @abstractmethod
     def undo_update(self) -> None:
         """Take back the last update, for a step that was skipped. Only one can be taken back.
 
         Raises:
             RuntimeError: there is none to take back.
         """
+        self._settled()
+        if self._undo is None:
+            raise RuntimeError("no update to take back: only the last one can be undone, and only once")
+        undo, self._undo = self._undo, None
+        self._take_back(undo)
+        self._updates -= 1
+
+    @abstractmethod
+    def _take_back(self, undo: Any) -> None:
+        """As if the last :meth:`_apply`, which left ``undo``, had not been."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
