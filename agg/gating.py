@@ -29,6 +29,11 @@ class Gates:
     g2: torch.Tensor
     rare_ids: torch.Tensor | None = None
 
+    def of_shard(self, shard: VocabShard) -> Gates:
+        """The rows of ``shard``, where these are of the whole padded vocabulary."""
+        rows = slice(shard.start, shard.stop)
+        return Gates(self.rare[rows], self.g1[rows], self.g2[rows], self.rare_ids)
+
 
 def rarity_gates(
     appearances: torch.Tensor,

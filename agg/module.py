@@ -108,19 +108,20 @@ class AdaptiveGradientGating(torch.nn.Module):
     def current_gates(self) -> Gates:
         """The gates of this step, of this rank's rows."""
         if self.gates is None:
-            appearances = self.frequency.appearances
-            self.excluded_ids = self.excluded_ids.to(appearances.device)
+            # Gathered once, threshold and gates of the whole vocabulary need no further collective.
+            counts = self.shard.all_gather(self.frequency.appearances).flatten()
+            self.excluded_ids = self.excluded_ids.to(counts.device)
             common: dict[str, Any] = {
                 "tokens": self.frequency.tokens,
                 "reference_batch_tokens": self.reference_batch_tokens,
-                "shard": self.shard,
+                "shard": VocabShard(0, len(counts), self.shard.vocab_size),
                 "excluded_ids": self.excluded_ids,
             }
             alpha: float | torch.Tensor | None = self.alpha
             if self.rare_fraction is not None:
-                alpha = alpha_of_rare_fraction(appearances, self.rare_fraction, **common)
+                alpha = alpha_of_rare_fraction(counts, self.rare_fraction, **common)
             assert alpha is not None
-            self.gates = rarity_gates(appearances, alpha=alpha, **common)
+            self.gates = rarity_gates(counts, alpha=alpha, **common).of_shard(self.shard)
         return self.gates
 
     def forward(

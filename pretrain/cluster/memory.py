@@ -149,7 +149,7 @@ def _token_counts(recipe: Recipe, ranks: int, rows: int, steps_per_epoch: int | 
     objective, steps = recipe.objective, recipe.batch.train_steps
     if objective.method == "mle":
         return 0, 0
-    on_device = 21 * rows + rows * recipe.parallel.tensor_model_parallel_size
+    on_device = 12 * rows + 10 * rows * recipe.parallel.tensor_model_parallel_size
     if objective.window == "exponential":
         return on_device + 8 * rows, 0
     window = min(objective.window_steps or steps_per_epoch or steps, steps)

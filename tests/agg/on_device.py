@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from agg import AdaptiveGradientGating, Gates, TokenFrequency, VocabShard, gated_linear_cross_entropy
-from tests.agg.problems import Problem, dense_answer, make_problem, weigh
+from tests.agg.problems import Problem, dense_answer, make_problem, transposed, weigh
 
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, dH, dW
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -21,11 +21,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"chunk_tokens": 61, "reduction": "none", "label_smoothing": 0.1},
     {"reduction": "sum"},
 )
-
-
-def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in the storage of the transposed matrix."""
-    return tensor.T.contiguous().T
 
 
 KINDS = ((torch.float32, torch.clone), (torch.bfloat16, transposed), (torch.float16, torch.clone))

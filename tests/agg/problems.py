@@ -74,6 +74,11 @@ def dense_answer(
     return loss.detach(), hidden.grad, weight.grad
 
 
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in the storage of the transposed matrix."""
+    return tensor.T.contiguous().T
+
+
 def weigh(loss: torch.Tensor) -> torch.Tensor:
     """A scalar whose gradient differs by position, for losses of reduction none."""
     return loss if loss.dim() == 0 else (loss * torch.linspace(-1, 2, len(loss), dtype=loss.dtype)).sum()

@@ -22,8 +22,8 @@ from agg import (
     step_counts,
     triton_kernels,
 )
-from tests.agg.on_device import CHECKS, transposed
-from tests.agg.problems import dense_answer, make_problem, weigh
+from tests.agg.on_device import CHECKS
+from tests.agg.problems import dense_answer, make_problem, transposed, weigh
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "item")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 import agg.module
 import agg.sweep
@@ -19,9 +20,13 @@ init_counts = StepCounts.__init__
 
 
 def rare_mean_of_this_rank(appearances, *, shard, **options):
-    whole = rarity_gates(appearances, shard=shard, **options)
-    alone = rarity_gates(appearances, shard=dataclasses.replace(shard, group=None), **options)
-    return dataclasses.replace(whole, g2=alone.g2)
+    """Of a whole vocabulary: each half has a mean of its own, as on two ranks that do not reduce it."""
+    whole, half = rarity_gates(appearances, shard=shard, **options), len(shard) // 2
+    alone = [
+        rarity_gates(appearances[start : start + half], shard=VocabShard(start, start + half, 507), **options).g2
+        for start in (0, half)
+    ]
+    return dataclasses.replace(whole, g2=torch.cat(alone))
 
 
 def shifted_gates(appearances, **options):
@@ -31,7 +36,7 @@ def shifted_gates(appearances, **options):
 
 def rare_ids_of_the_other_shard(appearances, **options):
     gates = rarity_gates(appearances, **options)
-    return dataclasses.replace(gates, rare_ids=gates.rare_ids.roll(len(gates.rare)))
+    return dataclasses.replace(gates, rare_ids=gates.rare_ids.roll(len(gates.rare) // 2))
 
 
 def counts_of_this_rank(self, shard, window_steps, data_parallel_group=None):

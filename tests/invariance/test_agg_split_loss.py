@@ -9,16 +9,12 @@ import torch
 import torch.distributed as dist
 
 from agg import VocabShard, gated_linear_cross_entropy
-from tests.agg.problems import dense_answer, make_problem, weigh
+from tests.agg.problems import dense_answer, make_problem, transposed, weigh
 from tests.distributed import run_ranks
 
 
 def contiguous(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
-
-
-def transposed(x: torch.Tensor) -> torch.Tensor:
-    return x.T.contiguous().T
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
