@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agg import DecayedTokenFrequency, TokenFrequency, VocabShard, alpha_of_rare_fraction, rarity_gates
+from agg import (
+    AdaptiveGradientGating,
+    DecayedTokenFrequency,
+    TokenFrequency,
+    VocabShard,
+    alpha_of_rare_fraction,
+    rarity_gates,
+)
 from agg.step_counts import COMPLAINTS
 from tests.distributed import run_ranks
 from tests.invariance.agg_layouts import groups, zipf_steps
@@ -122,22 +129,29 @@ def collectives() -> list[str]:
     return [name for name, f in functions.items() if isfunction(f) and "group" in signature(f).parameters]
 
 
-def collectives_of_updates(rank: int, world_size: int, kind, data_parallel: int, tensor_parallel: int):
-    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
-    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
-    frequency, calls = kind(shard, 3, dp_group), []
+def record_collectives(group: dist.ProcessGroup) -> list:
+    """From now on: name, dtype and shape of the first argument, whether it is of ``group``, whether asynchronous."""
+    calls = []
 
     def recorded(name, function):
         def call(*arguments, **options):
             tensor = arguments[0] if arguments else None
             told = (tensor.dtype, tuple(tensor.shape)) if isinstance(tensor, torch.Tensor) else None
-            calls.append((name, told, options.get("group") is dp_group, options.get("async_op", False)))
+            calls.append((name, told, options.get("group") is group, options.get("async_op", False)))
             return function(*arguments, **options)
 
         return call
 
     for name in collectives():
         setattr(dist, name, recorded(name, getattr(dist, name)))
+    return calls
+
+
+def collectives_of_updates(rank: int, world_size: int, kind, data_parallel: int, tensor_parallel: int):
+    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
+    frequency = kind(shard, 3, dp_group)
+    calls = record_collectives(dp_group)
     of_updates = []
     for targets in zipf_steps(5, tokens=64):
         calls.clear()
@@ -157,3 +171,19 @@ def test_an_update_is_one_asynchronous_all_reduce_of_int32(kind):
         size = rows + 1 + len(COMPLAINTS)
         assert of_updates == [[("all_reduce", (torch.int32, (size,)), True, True)]] * 5
     assert len(COMPLAINTS) < 10
+
+
+def collectives_of_gates(rank: int, world_size: int, threshold: dict):
+    dp_group, tp_group = groups(rank, 2, 2)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), 2, tp_group)
+    module = AdaptiveGradientGating(shard, window_steps=3, data_parallel_group=dp_group, **threshold)
+    module.begin_step(zipf_steps(3)[0].chunk(2)[dist.get_rank(dp_group)])
+    calls = record_collectives(tp_group)
+    assert module.current_gates().rare_ids.any() and module.current_gates() is module.gates
+    return [(name, of_tp) for name, _, of_tp, _ in calls]
+
+
+@pytest.mark.parametrize("threshold", [{"alpha": 9.0}, {"rare_fraction": 0.3}])
+def test_gates_of_a_step_take_one_gather(threshold):
+    """Over the tensor-parallel group, whatever is asked of them afterwards."""
+    assert run_ranks(collectives_of_gates, 4, threshold) == [[("all_gather", True)]] * 4
