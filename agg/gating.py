@@ -29,11 +29,6 @@ class Gates:
     g2: torch.Tensor
     rare_ids: torch.Tensor | None = None
 
-    def of_shard(self, shard: VocabShard) -> Gates:
-        """The rows of ``shard``, where these are of the whole padded vocabulary."""
-        rows = slice(shard.start, shard.stop)
-        return Gates(self.rare[rows], self.g1[rows], self.g2[rows], self.rare_ids)
-
 
 def rarity_gates(
     appearances: torch.Tensor,
@@ -69,19 +64,8 @@ def rarity_gates(
         raise ValueError(f"alpha is {alpha}, must be above 0")
     if reference_batch_tokens < 1:
         raise ValueError(f"reference_batch_tokens is {reference_batch_tokens}, must be at least 1")
-    device = appearances.device
-    counted = torch.as_tensor(tokens, dtype=torch.float64, device=device).clamp(min=1)
-    rarity = appearances.double() / counted * reference_batch_tokens
-    rare = (rarity < alpha) & (shard.global_ids(device) < shard.vocab_size)
-    rare &= ~_excluded_rows(excluded_ids, shard, device)
-
-    of_rare = shard.all_gather(torch.where(rare, appearances.double(), -1)).flatten()  # [padded V]
-    rare_ids = of_rare >= 0
-    # No rare token has occurred: then no position has a rare target either, and g2 is not used.
-    of_mean = appearances.double() * rare_ids.sum() / of_rare.clamp(min=0).sum()
-    g1 = torch.where(rare, rarity.clamp(max=1), 1.0).float()
-    g2 = torch.where(rare, of_mean.nan_to_num(nan=0.0, posinf=1.0).clamp(max=1), 1.0).float()
-    return Gates(rare, g1, g2, rare_ids)
+    counts, candidates = _of_all_shards(appearances, shard, excluded_ids)
+    return gates_of_counts(counts, candidates, tokens, alpha, reference_batch_tokens, shard)
 
 
 def alpha_of_rare_fraction(
@@ -108,25 +92,70 @@ def alpha_of_rare_fraction(
     """
     if not 0 < rare_fraction < 1:
         raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
-    device = appearances.device
-    counted = (appearances > 0) & (shard.global_ids(device) < shard.vocab_size)
-    counted &= ~_excluded_rows(excluded_ids, shard, device)
+    counts, candidates = _of_all_shards(appearances, shard, excluded_ids)
+    return alpha_of_counts(counts, candidates, tokens, rare_fraction, reference_batch_tokens)
+
+
+def _of_all_shards(
+    appearances: torch.Tensor, shard: VocabShard, excluded_ids: Sequence[int] | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    counts = shard.all_gather(appearances).flatten()
+    return counts, rare_candidates(len(counts), shard.vocab_size, excluded_ids, counts.device)
+
+
+def rare_candidates(
+    padded: int, vocab_size: int, excluded_ids: Sequence[int] | torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """bool [padded V]: ids that are neither excluded nor only pad."""
+    excluded = torch.as_tensor(excluded_ids, dtype=torch.int64, device=device)
+    ids = torch.arange(padded, device=device)
+    return (ids < vocab_size) & ~torch.isin(ids, excluded)
+
+
+def gates_of_counts(
+    counts: torch.Tensor,
+    candidates: torch.Tensor,
+    tokens: int | torch.Tensor,
+    alpha: float | torch.Tensor,
+    reference_batch_tokens: int,
+    shard: VocabShard,
+) -> Gates:
+    """:func:`rarity_gates` of the rows of ``shard``; counts and :func:`rare_candidates` [padded V] are of all."""
+    rows = slice(shard.start, shard.stop)
+    counts = counts.double()  # of two integers torch would make a float32
+    rarity = (counts / _at_least_one(tokens, counts.device)).mul_(reference_batch_tokens)
+    rare_ids = (rarity < alpha) & candidates
+    rare = rare_ids[rows]
+    # No rare token has occurred: then no position has a rare target either, and g2 is not used.
+    of_rare = torch.where(rare_ids, counts, 0).sum().clamp_(min=1e-300)
+    over_mean = rare_ids.sum() / of_rare
+    g1 = torch.where(rare, rarity[rows].float().clamp_(max=1), 1)
+    g2 = torch.where(rare, (counts[rows] * over_mean).float().clamp_(max=1), 1)
+    return Gates(rare, g1, g2, rare_ids)
+
+
+def alpha_of_counts(
+    counts: torch.Tensor,
+    candidates: torch.Tensor,
+    tokens: int | torch.Tensor,
+    rare_fraction: float,
+    reference_batch_tokens: int,
+) -> torch.Tensor:
+    """:func:`alpha_of_rare_fraction`, from counts and :func:`rare_candidates` [padded V] of all shards."""
     # Ids that are not counted sort behind all that are.
-    counts = shard.all_gather(torch.where(counted, appearances.double(), torch.inf)).flatten().sort().values
-    number = torch.isfinite(counts).sum().double()
+    in_order = torch.where((counts > 0) & candidates, counts.double(), torch.inf).sort().values
+    number = torch.isfinite(in_order).sum().double()
     wanted = number * rare_fraction
-    at_edge = counts.gather(0, wanted.long()[None])
+    at_edge = in_order.gather(0, wanted.long()[None])
     # Thresholds that leave the ids which occurred as often as the one at the edge outside, and inside.
-    without = torch.searchsorted(counts, at_edge)[0]
-    with_them = torch.searchsorted(counts, at_edge, right=True)[0]
+    without = torch.searchsorted(in_order, at_edge)[0]
+    with_them = torch.searchsorted(in_order, at_edge, right=True)[0]
     nearer = (with_them - wanted < wanted - without) & (with_them < number)
     place = torch.where(nearer, with_them, without)
-    threshold = torch.where(number > 0, counts.gather(0, place.clamp(max=len(counts) - 1)[None])[0], 0.0)
-    return threshold / torch.as_tensor(tokens, dtype=torch.float64, device=device).clamp(min=1) * reference_batch_tokens
+    threshold = torch.where(number > 0, in_order.gather(0, place.clamp(max=len(counts) - 1)[None])[0], 0.0)
+    return threshold / _at_least_one(tokens, counts.device) * reference_batch_tokens
 
 
-def _excluded_rows(ids: Sequence[int] | torch.Tensor, shard: VocabShard, device: torch.device) -> torch.Tensor:
-    """bool [V_local]"""
-    rows, here = shard.to_local(torch.as_tensor(ids, dtype=torch.int64, device=device))
-    excluded = torch.zeros(len(shard) + 1, dtype=torch.bool, device=device)  # the last entry: ids held elsewhere
-    return excluded.index_fill_(0, torch.where(here, rows, len(shard)), True)[:-1]
+def _at_least_one(tokens: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """[]"""
+    return torch.as_tensor(tokens, device=device).clamp(min=1)

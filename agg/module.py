@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from agg.decayed_frequency import DecayedTokenFrequency
 from agg.frequency import TokenFrequency
-from agg.gating import Gates, alpha_of_rare_fraction, rarity_gates
+from agg.gating import Gates, alpha_of_counts, gates_of_counts, rare_candidates
 from agg.linear_cross_entropy import as_under_autocast, check_inputs, gated_linear_cross_entropy
 from agg.probe import LossProbe
 from agg.settings import agree_on_settings
@@ -92,6 +92,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         kind = TokenFrequency if window == "sliding" else DecayedTokenFrequency
         self.frequency: TokenFrequency | DecayedTokenFrequency = kind(shard, window_steps, data_parallel_group)
         self.gates: Gates | None = None  # of the current step
+        self._candidates: torch.Tensor | None = None  # ids that may be rare
         self._fault: torch.Tensor | None = None  # bool []: a loss since the last count was not finite
         self._explicit_steps: bool | None = None
 
@@ -99,6 +100,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         """Count all targets of this rank in the coming optimizer step, of any shape."""
         self._set_explicit(True)
         self._count(targets)
+        self.frequency.start_gather()
 
     def undo_step(self) -> None:
         """Take back the count of a step that is skipped, and what its loss was."""
@@ -109,19 +111,16 @@ class AdaptiveGradientGating(torch.nn.Module):
         """The gates of this step, of this rank's rows."""
         if self.gates is None:
             # Gathered once, threshold and gates of the whole vocabulary need no further collective.
-            counts = self.shard.all_gather(self.frequency.appearances).flatten()
-            self.excluded_ids = self.excluded_ids.to(counts.device)
-            common: dict[str, Any] = {
-                "tokens": self.frequency.tokens,
-                "reference_batch_tokens": self.reference_batch_tokens,
-                "shard": VocabShard(0, len(counts), self.shard.vocab_size),
-                "excluded_ids": self.excluded_ids,
-            }
+            counts = self.frequency.of_all_shards()
+            if self._candidates is None or self._candidates.device != counts.device:
+                self._candidates = rare_candidates(len(counts), self.shard.vocab_size, self.excluded_ids, counts.device)
+            reference = self.reference_batch_tokens
+            given = (counts, self._candidates, self.frequency.tokens)
             alpha: float | torch.Tensor | None = self.alpha
             if self.rare_fraction is not None:
-                alpha = alpha_of_rare_fraction(counts, self.rare_fraction, **common)
+                alpha = alpha_of_counts(*given, self.rare_fraction, reference)
             assert alpha is not None
-            self.gates = rarity_gates(counts, alpha=alpha, **common).of_shard(self.shard)
+            self.gates = gates_of_counts(*given, alpha, reference, self.shard)
         return self.gates
 
     def forward(

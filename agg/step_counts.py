@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from agg.host_copy import HostCopy
-from agg.vocab_shard import VocabShard
+from agg.vocab_shard import Gathering, VocabShard
 
 STATE_VERSION = 1
 # The last entries of a step's histogram: what each number above 0 raises on all data-parallel ranks.
@@ -54,12 +54,15 @@ class StepCounts(ABC):
         self._world_size = 1 if data_parallel_group is None else dist.get_world_size(data_parallel_group)
         self._updates = 0
         self._totals: torch.Tensor | None = None  # [V_local + 1], the last entry counts all targets
+        self._places: torch.Tensor | None = None  # of ids in a step's histogram
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+        self._gathering: Gathering | None = None  # of the totals
         self._complaints: HostCopy | None = None  # of the last histogram, looked at once that costs no wait
         self._undo: Any = None  # what takes back the last update; None: there is none
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounts:
         self._settled()
+        self._forget_gathered()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo[id(self._group)] = self._group  # groups are shared, and cannot be copied
@@ -81,6 +84,22 @@ class StepCounts(ABC):
     def tokens(self) -> torch.Tensor:
         """[]: targets counted in the window, all data-parallel ranks, whole vocabulary."""
         return self._settled()[-1]
+
+    def start_gather(self) -> None:
+        """Begin what :meth:`of_all_shards` awaits, unless it would have to wait for an all-reduce first."""
+        if self._pending is None or self._pending[0] is None:
+            self._gathering = self.shard.start_all_gather(self.appearances)
+
+    def of_all_shards(self) -> torch.Tensor:
+        """[padded V]: :attr:`appearances` of all tensor-parallel ranks; each call is a collective of theirs."""
+        gathering, self._gathering = self._gathering, None  # not kept: that would be memory
+        return (gathering or self.shard.start_all_gather(self.appearances)).get().flatten()
+
+    def _forget_gathered(self) -> None:
+        """Before the totals change, which a gather under way reads."""
+        if self._gathering is not None:
+            self._gathering.get()
+            self._gathering = None
 
     def update(
         self,
@@ -109,6 +128,7 @@ class StepCounts(ABC):
             TypeError: targets that are not integers.
         """
         self._raise_complaints()
+        self._forget_gathered()
         totals = self._settled(targets.device)
         if totals.device != targets.device:  # loaded from a checkpoint
             self._totals = totals.to(targets.device)
@@ -117,7 +137,9 @@ class StepCounts(ABC):
             problem = problem or TypeError(f"targets must be integer ids, got {targets.dtype}")
         if problem is not None:
             self._tell(problem, targets.device)
-        histogram = step_histogram(targets, self.shard, ignore_index)
+        if self._places is None or self._places.device != targets.device:
+            self._places = places_of_ids(self.shard, targets.device)
+        histogram = step_histogram(targets, self._places, len(self.shard), ignore_index)
         if fault is not None:
             histogram[-2] = fault
         delta = self._outgoing(histogram)
@@ -199,7 +221,7 @@ class StepCounts(ABC):
             )
         self._resume(updates, kept)
         self._totals, self._updates = totals, updates
-        self._pending = self._complaints = self._undo = None
+        self._pending = self._gathering = self._complaints = self._undo = None
 
     def _check_part(self, part: dict[str, Any], updates: int) -> None:
         for key, expected in (
@@ -238,6 +260,7 @@ class StepCounts(ABC):
             RuntimeError: there is none to take back.
         """
         self._settled()
+        self._forget_gathered()
         if self._undo is None:
             raise RuntimeError("no update to take back: only the last one can be undone, and only once")
         undo, self._undo = self._undo, None
@@ -262,18 +285,31 @@ def check_window_steps(window_steps: int) -> None:
         raise ValueError(f"window_steps is {window_steps}, must be a whole number of at least 1")
 
 
-def step_histogram(targets: torch.Tensor, shard: VocabShard, ignore_index: int) -> torch.Tensor:
-    """int32 [V_local + 4]: occurrences of each row; how many targets; how many outside the vocabulary; 0, 0."""
-    size = len(shard)
-    flat = targets.reshape(-1)
-    counted = flat != ignore_index
-    outside = counted & ((flat < 0) | (flat >= shard.vocab_size))
-    rows, here = shard.to_local(flat)
+def step_histogram(targets: torch.Tensor, places: torch.Tensor, size: int, ignore_index: int) -> torch.Tensor:
+    """
+    Args:
+        places: of :func:`places_of_ids`. size: V_local.
+
+    Returns:
+        int32 [V_local + 4]: occurrences of each row; how many targets; how many outside the vocabulary; 0, 0.
+    """
+    flat = targets.reshape(-1).long()
+    place = places[flat.clamp(-1, len(places) - 2)].masked_fill_(flat == ignore_index, size + 2)
     histogram = torch.zeros(size + 1 + len(COMPLAINTS), dtype=torch.int32, device=targets.device)
-    # Others land in the last entry, which is cleared: picking them out would make a GPU wait.
-    histogram.index_add_(
-        0, torch.where(here & counted & ~outside, rows, len(histogram) - 1), torch.ones_like(flat, dtype=torch.int32)
-    )
-    histogram[size:] = 0
-    histogram[size], histogram[size + 1] = counted.sum(), outside.sum()
+    histogram.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+    counted, _, ignored, _ = histogram[size:].unbind()
+    counted.fill_(len(flat)).sub_(ignored)
+    ignored.zero_()
     return histogram
+
+
+def places_of_ids(shard: VocabShard, device: torch.device) -> torch.Tensor:
+    """int64 [V + 2]: where :func:`step_histogram` counts each id, any id above them, and any below 0 (index -1).
+
+    Ids that are held elsewhere or do not exist have places of their own: picking them out would make a GPU wait.
+    """
+    elsewhere, outside = len(shard), len(shard) + 1
+    places = torch.full((shard.vocab_size + 2,), elsewhere, device=device)
+    places[shard.start : shard.start + shard.real] = torch.arange(shard.real, device=device)
+    places[shard.vocab_size :] = outside
+    return places

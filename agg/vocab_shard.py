@@ -106,11 +106,29 @@ class VocabShard:
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[...] of each tensor-parallel rank, of one shape, to [ranks, ...]."""
+        return self.start_all_gather(tensor).get()
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Gathering:
+        """:meth:`all_gather` in the background; ``tensor`` may not change before it is awaited."""
         if self.world_size == 1:
-            return tensor[None]
+            return Gathering(tensor[None], None)
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.group)
-        return gathered
+        work = dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self.group, async_op=True)
+        return Gathering(gathered, work)
+
+
+@dataclass
+class Gathering:
+    """A gather under way."""
+
+    _gathered: torch.Tensor
+    _work: dist.Work | None
+
+    def get(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._gathered
 
 
 def padded_vocab_size(vocab_size: int, multiple_of: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from inspect import isfunction, signature
 
 import pytest
@@ -173,17 +175,75 @@ def test_an_update_is_one_asynchronous_all_reduce_of_int32(kind):
     assert len(COMPLAINTS) < 10
 
 
-def collectives_of_gates(rank: int, world_size: int, threshold: dict):
-    dp_group, tp_group = groups(rank, 2, 2)
-    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), 2, tp_group)
+def collectives_of_a_step(rank: int, world_size: int, data_parallel: int, threshold: dict):
+    """What :meth:`begin_step` starts, and what the gates after it."""
+    dp_group, tp_group = groups(rank, data_parallel, world_size // data_parallel)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), world_size // data_parallel, tp_group)
     module = AdaptiveGradientGating(shard, window_steps=3, data_parallel_group=dp_group, **threshold)
-    module.begin_step(zipf_steps(3)[0].chunk(2)[dist.get_rank(dp_group)])
     calls = record_collectives(tp_group)
+    module.begin_step(zipf_steps(3)[0].chunk(data_parallel)[dist.get_rank(dp_group)])
+    of_begin = len(calls)
     assert module.current_gates().rare_ids.any() and module.current_gates() is module.gates
-    return [(name, of_tp) for name, _, of_tp, _ in calls]
+    told = [(name, of_tp, asynchronous) for name, _, of_tp, asynchronous in calls]
+    return told[:of_begin], told[of_begin:]
 
 
 @pytest.mark.parametrize("threshold", [{"alpha": 9.0}, {"rare_fraction": 0.3}])
 def test_gates_of_a_step_take_one_gather(threshold):
-    """Over the tensor-parallel group, whatever is asked of them afterwards."""
-    assert run_ranks(collectives_of_gates, 4, threshold) == [[("all_gather", True)]] * 4
+    """Over the tensor-parallel group, in the background where the counts need not be reduced before."""
+    reduce, gather = ("all_reduce", False, True), ("all_gather", True, True)
+    assert run_ranks(collectives_of_a_step, 4, 2, threshold) == [([reduce], [gather])] * 4
+    assert run_ranks(collectives_of_a_step, 4, 1, threshold) == [([gather], [])] * 4
+
+
+def gates_of_changing_counts(rank: int, world_size: int, data_parallel: int, tensor_parallel: int):
+    """First row, and the gates at each turn: no gather that was begun before may be taken for a later one."""
+    dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
+    shard = VocabShard.of_rank(507, dist.get_rank(tp_group), tensor_parallel, tp_group)
+    module = AdaptiveGradientGating(shard, alpha=9.0, window_steps=3, data_parallel_group=dp_group)
+    steps = (step.chunk(data_parallel)[dist.get_rank(dp_group)] for step in zipf_steps(7, tokens=256))
+    seen = []
+    module.begin_step(next(steps))
+    module.begin_step(next(steps))
+    seen.append(module.current_gates())
+    module.begin_step(next(steps))
+    saved = module.get_extra_state()
+    module.undo_step()
+    seen.append(module.current_gates())
+    module.begin_step(next(steps))
+    twin = copy.deepcopy(module)
+    module.begin_step(next(steps))
+    seen += [twin.current_gates(), module.current_gates()]
+    module.begin_step(next(steps))
+    module.set_extra_state(saved)
+    seen.append(module.current_gates())
+    return shard.start, [{name: getattr(gates, name) for name in GATES} for gates in seen]
+
+
+def exact_gates_of_changing_counts():
+    ((_, exact),) = run_ranks(gates_of_changing_counts, 1, 1, 1)
+    assert all(not torch.equal(one["g1"], other["g1"]) for one, other in itertools.combinations(exact[1:], 2))
+    return exact
+
+
+def gates_that_differ(layout: tuple[int, int], exact) -> set[tuple[int, str]]:
+    return {
+        (turn, name)
+        for start, seen in run_ranks(gates_of_changing_counts, layout[0] * layout[1], *layout)
+        for turn, (mine, whole) in enumerate(zip(seen, exact, strict=True))
+        for name, gate in mine.items()
+        if not torch.equal(gate, whole[name][start : start + len(gate)])
+    }
+
+
+@pytest.mark.parametrize("layout", [(1, 2), (1, 4), (2, 2)])
+def test_gates_follow_counts_that_change_after_a_gather_was_begun(layout):
+    assert gates_that_differ(layout, exact_gates_of_changing_counts()) == set()
+
+
+def test_a_gather_from_before_the_counts_changed_would_show(monkeypatch):
+    """After the step that was taken back; in the others another gather was begun."""
+    exact = exact_gates_of_changing_counts()
+    awaits = lambda self: self._gathering and self._gathering.get()  # noqa: E731
+    monkeypatch.setattr(TokenFrequency, "_forget_gathered", awaits)
+    assert {turn for turn, name in gates_that_differ((1, 2), exact) if name == "g1"} == {1}

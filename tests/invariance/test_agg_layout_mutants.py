@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 import agg.module
 import agg.sweep
-from agg import Gates, VocabShard, rarity_gates
+from agg import Gates, VocabShard
+from agg.gating import gates_of_counts
 from agg.step_counts import StepCounts
 from tests.agg.test_mutants import MUTANTS as MUTANTS_OF_THE_LOSS
 from tests.distributed import run_ranks
@@ -19,24 +19,21 @@ of_all_ranks = VocabShard.all_reduce
 init_counts = StepCounts.__init__
 
 
-def rare_mean_of_this_rank(appearances, *, shard, **options):
-    """Of a whole vocabulary: each half has a mean of its own, as on two ranks that do not reduce it."""
-    whole, half = rarity_gates(appearances, shard=shard, **options), len(shard) // 2
-    alone = [
-        rarity_gates(appearances[start : start + half], shard=VocabShard(start, start + half, 507), **options).g2
-        for start in (0, half)
-    ]
-    return dataclasses.replace(whole, g2=torch.cat(alone))
+def rare_mean_of_this_rank(counts, candidates, tokens, alpha, reference, shard):
+    gates, rows = gates_of_counts(counts, candidates, tokens, alpha, reference, shard), slice(shard.start, shard.stop)
+    alone = VocabShard(0, len(shard), 507)
+    of_this = gates_of_counts(counts[rows], candidates[rows], tokens, alpha, reference, alone)
+    return dataclasses.replace(gates, g2=of_this.g2)
 
 
-def shifted_gates(appearances, **options):
-    gates = rarity_gates(appearances, **options)
+def shifted_gates(*given):
+    gates = gates_of_counts(*given)
     return Gates(gates.rare, gates.g1.roll(1), gates.g2.roll(1), gates.rare_ids)
 
 
-def rare_ids_of_the_other_shard(appearances, **options):
-    gates = rarity_gates(appearances, **options)
-    return dataclasses.replace(gates, rare_ids=gates.rare_ids.roll(len(gates.rare) // 2))
+def rare_ids_of_the_other_shard(*given):
+    gates = gates_of_counts(*given)
+    return dataclasses.replace(gates, rare_ids=gates.rare_ids.roll(len(gates.rare)))
 
 
 def counts_of_this_rank(self, shard, window_steps, data_parallel_group=None):
@@ -51,9 +48,9 @@ MUTANTS = {
     name: MUTANTS_OF_THE_LOSS[name]
     for name in ("g1 and g2 swapped", "no target is rare", "every target is rare", "target not exempt", "gated dH")
 } | {
-    "rare mean not reduced": (agg.module, "rarity_gates", rare_mean_of_this_rank, "dW"),
-    "gates of a shifted shard": (agg.module, "rarity_gates", shifted_gates, "dW"),
-    "rare ids of the other shard": (agg.module, "rarity_gates", rare_ids_of_the_other_shard, "dW"),
+    "rare mean not reduced": (agg.module, "gates_of_counts", rare_mean_of_this_rank, "dW"),
+    "gates of a shifted shard": (agg.module, "gates_of_counts", shifted_gates, "dW"),
+    "rare ids of the other shard": (agg.module, "gates_of_counts", rare_ids_of_the_other_shard, "dW"),
     "counts of this rank": (StepCounts, "__init__", counts_of_this_rank, "dW"),
     "dH not reduced": (VocabShard, "all_reduce", integers_reduced_alone, "dH"),
 }
