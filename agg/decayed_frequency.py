@@ -1,4 +1,4 @@
-"""How often each token was a target, with a memory that fades: O(V_local) however long the window.
+"""How often each token was a target, with a memory that fades: as large however long the window.
 
 Letters: K window in optimizer steps, V_local rows of this rank's vocabulary shard.
 """

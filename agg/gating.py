@@ -56,7 +56,8 @@ def rarity_gates(
             vocabulary are excluded already.
 
     Raises:
-        ValueError: counts of another shard's size, ``alpha`` or ``reference_batch_tokens`` not above 0.
+        ValueError: counts of another shard's size, a part of the vocabulary without the group that holds the others,
+            ``alpha`` or ``reference_batch_tokens`` not above 0.
     """
     if appearances.shape != (len(shard),):
         raise ValueError(f"appearances have shape {tuple(appearances.shape)}, this shard has {len(shard)} rows")
@@ -64,6 +65,7 @@ def rarity_gates(
         raise ValueError(f"alpha is {alpha}, must be above 0")
     if reference_batch_tokens < 1:
         raise ValueError(f"reference_batch_tokens is {reference_batch_tokens}, must be at least 1")
+    shard.check_whole()
     counts, candidates = _of_all_shards(appearances, shard, excluded_ids)
     return gates_of_counts(counts, candidates, tokens, alpha, reference_batch_tokens, shard)
 
@@ -88,10 +90,11 @@ def alpha_of_rare_fraction(
         float64 []; 0, and so no rare token, where none has occurred.
 
     Raises:
-        ValueError: ``rare_fraction`` is not above 0 and below 1.
+        ValueError: ``rare_fraction`` is not above 0 and below 1, or the shard is a part without a group.
     """
     if not 0 < rare_fraction < 1:
         raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
+    shard.check_whole()
     counts, candidates = _of_all_shards(appearances, shard, excluded_ids)
     return alpha_of_counts(counts, candidates, tokens, rare_fraction, reference_batch_tokens)
 
@@ -107,9 +110,9 @@ def rare_candidates(
     padded: int, vocab_size: int, excluded_ids: Sequence[int] | torch.Tensor, device: torch.device
 ) -> torch.Tensor:
     """bool [padded V]: ids that are neither excluded nor only pad."""
+    candidates = torch.arange(padded + 1, device=device) < vocab_size  # the last entry: excluded ids that do not exist
     excluded = torch.as_tensor(excluded_ids, dtype=torch.int64, device=device)
-    ids = torch.arange(padded, device=device)
-    return (ids < vocab_size) & ~torch.isin(ids, excluded)
+    return candidates.index_fill_(0, torch.where(excluded < 0, padded, excluded.clamp(max=padded)), False)[:-1]
 
 
 def gates_of_counts(
@@ -158,4 +161,5 @@ def alpha_of_counts(
 
 def _at_least_one(tokens: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """[]"""
-    return torch.as_tensor(tokens, device=device).clamp(min=1)
+    dtype = None if isinstance(tokens, torch.Tensor) else torch.float64
+    return torch.as_tensor(tokens, dtype=dtype, device=device).clamp(min=1)

@@ -21,7 +21,7 @@ class AdaptiveGradientGating(torch.nn.Module):
     """A cross-entropy that keeps rare tokens alive; in ``eval()`` the plain cross-entropy.
 
     Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
-    of the step before its first forward pass, which then hides the all-reduce of the counts; then the loss once per
+    of the step before its first forward pass, which then hides the exchange of the counts; then the loss once per
     micro-batch. Do the one or the other, not both. For the gradient of the whole step divide sums
     (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
 
@@ -97,7 +97,15 @@ class AdaptiveGradientGating(torch.nn.Module):
         self._explicit_steps: bool | None = None
 
     def begin_step(self, targets: torch.Tensor) -> None:
-        """Count all targets of this rank in the coming optimizer step, of any shape."""
+        """Count all targets of this rank in the coming optimizer step, of any shape.
+
+        Starts the all-reduce of the counts, or, where there is one data-parallel rank, their gather over the
+        tensor-parallel ranks, so that all of them call it.
+
+        Raises:
+            ValueError, FloatingPointError, TypeError: see :meth:`agg.TokenFrequency.update`; on a CPU with one
+                data-parallel rank already here.
+        """
         self._set_explicit(True)
         self._count(targets)
         self.frequency.start_gather()

@@ -62,7 +62,8 @@ class StepCounts(ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounts:
         self._settled()
-        self._forget_gathered()
+        if self._gathering is not None:
+            self._gathering.get()  # both keep it: a copy that one rank makes alone may cost the others no collective
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         memo[id(self._group)] = self._group  # groups are shared, and cannot be copied
@@ -96,7 +97,7 @@ class StepCounts(ABC):
         return (gathering or self.shard.start_all_gather(self.appearances)).get().flatten()
 
     def _forget_gathered(self) -> None:
-        """Before the totals change, which a gather under way reads."""
+        """Before the totals change: a gather under way reads them."""
         if self._gathering is not None:
             self._gathering.get()
             self._gathering = None
@@ -220,8 +221,9 @@ class StepCounts(ABC):
                 "give the parts of all tensor-parallel ranks"
             )
         self._resume(updates, kept)
+        self._forget_gathered()
         self._totals, self._updates = totals, updates
-        self._pending = self._gathering = self._complaints = self._undo = None
+        self._pending = self._complaints = self._undo = None
 
     def _check_part(self, part: dict[str, Any], updates: int) -> None:
         for key, expected in (
@@ -304,12 +306,12 @@ def step_histogram(targets: torch.Tensor, places: torch.Tensor, size: int, ignor
 
 
 def places_of_ids(shard: VocabShard, device: torch.device) -> torch.Tensor:
-    """int64 [V + 2]: where :func:`step_histogram` counts each id, any id above them, and any below 0 (index -1).
+    """int32 [V + 2]: where :func:`step_histogram` counts each id, any id above them, and any below 0 (index -1).
 
     Ids that are held elsewhere or do not exist have places of their own: picking them out would make a GPU wait.
     """
     elsewhere, outside = len(shard), len(shard) + 1
-    places = torch.full((shard.vocab_size + 2,), elsewhere, device=device)
+    places = torch.full((shard.vocab_size + 2,), elsewhere, dtype=torch.int32, device=device)
     places[shard.start : shard.start + shard.real] = torch.arange(shard.real, device=device)
     places[shard.vocab_size :] = outside
     return places

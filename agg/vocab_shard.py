@@ -94,10 +94,6 @@ class VocabShard:
         here = (ids >= self.start) & (ids < self.stop)
         return torch.where(here, ids - self.start, 0), here
 
-    def global_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """int64 [V_local]: the id of each row."""
-        return torch.arange(self.start, self.stop, device=device)
-
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
         """Reduce in place over the tensor-parallel ranks; nothing to do where the vocabulary is not split."""
         if self.world_size > 1:
@@ -109,7 +105,7 @@ class VocabShard:
         return self.start_all_gather(tensor).get()
 
     def start_all_gather(self, tensor: torch.Tensor) -> Gathering:
-        """:meth:`all_gather` in the background; ``tensor`` may not change before it is awaited."""
+        """:meth:`all_gather` in the background. Await it in any case, before ``tensor`` changes or it is let go."""
         if self.world_size == 1:
             return Gathering(tensor[None], None)
         gathered = tensor.new_empty(self.world_size, *tensor.shape)

@@ -86,9 +86,11 @@ def check_waits(device: str) -> str:
         loss_of = AdaptiveGradientGating(
             problem.shard(0, 1), rare_fraction=0.3, window_steps=2, window=window, excluded_ids=(1,)
         )
+        loss_of.begin_step(target)
         loss_of(hidden, weight, target).backward()
         with refusing_waits(device):
             for _ in range(4):
+                loss_of.begin_step(target)
                 loss_of(hidden, weight, target).backward()
         assert int(loss_of.frequency.steps) == 2
     return "a step waits for nothing" if device == "cuda" else "steps run"

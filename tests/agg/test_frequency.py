@@ -160,11 +160,23 @@ def test_one_kind_of_window_does_not_load_the_other():
         one.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [-100, 3, 100])
+def test_targets_of_any_integer_dtype(dtype, ignore_index):
+    """Ids may not fit into as few bits as the targets have, and an id of the vocabulary may be the one to ignore."""
+    frequency = TokenFrequency(VocabShard.of_rank(60_000, 0, 1), 2)
+    ids = torch.tensor([[3, 49], [3, 7]], dtype=dtype)
+    frequency.update(ids, ignore_index)
+    counted = ids[ids != ignore_index].long()
+    assert torch.equal(frequency.appearances, torch.bincount(counted, minlength=60_032))
+    assert frequency.tokens == len(counted)
+
+
 def test_bad_input():
     shard = VocabShard.of_rank(50, 0, 1)
     with pytest.raises(ValueError, match="window_steps is 0"):
         TokenFrequency(shard, 0)
-    for bad in (50, -1):
+    for bad in (50, 51, 10**9, 2**63 - 1, -1, -2, -(2**63)):
         frequency = TokenFrequency(shard, 2)
         frequency.update(torch.tensor([3, bad]))
         with pytest.raises(ValueError, match="1 targets of this step are outside the vocabulary of 50"):

@@ -25,7 +25,8 @@ from agg import (
 from tests.agg.on_device import CHECKS
 from tests.agg.problems import dense_answer, make_problem, transposed, weigh
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal", "item")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "is_nonzero", "equal", "item")
+WAITS += ("isin", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive")
 
 
 class NoWait(TorchDispatchMode):
@@ -182,7 +183,8 @@ def test_products_of_bfloat16_are_summed_in_float32(with_triton, monkeypatch):
     ("reduction", "options"),
     [("mean", {"label_smoothing": 0.1}), ("sum", {"z_loss": 0.01, "soft_cap": 20.0}), ("none", {"z_loss": 0.01})],
 )
-def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduction, options):
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduction, options, explicit):
     """Nor does the window: what it makes sparse lies in host memory by then."""
     problem = make_problem()
     module = AdaptiveGradientGating(
@@ -203,6 +205,8 @@ def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduc
     monkeypatch.setattr(step_counts.StepCounts, "_raise_complaints", on_the_host(complaints))
     with NoWait():
         for _ in range(3):
+            if explicit:
+                module.begin_step(problem.target)
             weigh(module(hidden, weight, problem.target, reduction, probe)).backward()
     assert module.frequency.steps == 1 and module.current_gates().rare.any()
     with pytest.raises(AssertionError, match="waits"), NoWait():

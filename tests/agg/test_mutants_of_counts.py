@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import agg.sweep
-from agg import DecayedTokenFrequency, TokenFrequency, alpha_of_rare_fraction
+from agg import DecayedTokenFrequency, TokenFrequency, VocabShard, alpha_of_rare_fraction
 from agg.step_counts import StepCounts
 from agg.sweep import Sweep
 from tests.agg import test_accumulation, test_any_gates, test_frequency, test_gating, test_linear_cross_entropy
@@ -47,9 +47,10 @@ def place_off_by(more: int):
     return alpha
 
 
-def alpha_of_this_shard(appearances, rare_fraction, *, shard, **options):
-    shard = dataclasses.replace(shard, group=None)
-    return alpha_of_rare_fraction(appearances, rare_fraction, shard=shard, **options)
+def alpha_of_this_shard(appearances, rare_fraction, *, shard, excluded_ids, **options):
+    alone = VocabShard(0, len(shard), shard.real)
+    excluded = [id_ - shard.start for id_ in excluded_ids]
+    return alpha_of_rare_fraction(appearances, rare_fraction, shard=alone, excluded_ids=excluded, **options)
 
 
 def smoothing_over_the_shard(self):
