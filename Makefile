@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# Test files that run at a time; each starts ranks of its own, and waits for them for much of its time.
+WORKERS ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .PHONY: install quickstart test test-long test-slurm faults lint clean
@@ -24,7 +26,7 @@ quickstart: install
 	@$(RUN) pretrain report runs/quickstart/plain runs/quickstart/agg --output runs/quickstart/report.html
 
 test: install
-	@$(RUN) pytest -q
+	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile
 
 test-long: install
 	@$(RUN) pytest -q -m long
