@@ -145,11 +145,11 @@ def _loss(recipe: Recipe, rows: int) -> int:
 
 
 def _token_counts(recipe: Recipe, ranks: int, rows: int, steps_per_epoch: int | None) -> tuple[int, int]:
-    """Of agg: on the device totals, the step's change, gates and flags; on the host this rank's share of the window."""
+    """Of agg: on the device as ``agg/PERFORMANCE.md`` has it; on the host this rank's share of the window."""
     objective, steps = recipe.objective, recipe.batch.train_steps
     if objective.method == "mle":
         return 0, 0
-    on_device = 12 * rows + 10 * rows * recipe.parallel.tensor_model_parallel_size
+    on_device = 20 * rows + 14 * rows * recipe.parallel.tensor_model_parallel_size
     if objective.window == "exponential":
         return on_device + 8 * rows, 0
     window = min(objective.window_steps or steps_per_epoch or steps, steps)

@@ -1,7 +1,8 @@
 """What counting and gating take of the steps of a training run:
 
     torchrun --standalone --nproc-per-node 2 -m tests.training.counting_cost \
-        train quickstart_agg name=counting_cost reporting.geometry_every_steps=0 --from-scratch
+        train quickstart_agg name=counting_cost batch.train_steps=300 \
+        reporting.geometry_every_steps=0 reporting.validate_every_steps=0
 
 trains as ``python -m pretrain`` does, and ends with the median and quartiles over all steps but the first ones. Of each
 step are taken the time that the clock shows, which holds what other threads and processes do meanwhile (the next batch
