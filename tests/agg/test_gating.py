@@ -121,3 +121,10 @@ def test_shards_tile_the_padded_vocabulary():
         VocabShard.of_rank(507, 0, 3)
     with pytest.raises(ValueError, match="rank 4 is not in a world of 4"):
         VocabShard.of_rank(507, 4, 4)
+
+
+@pytest.mark.parametrize("threshold", [{"alpha": 0.5}, {"rare_fraction": 0.3}])
+def test_a_part_of_the_vocabulary_without_the_group_that_holds_the_rest_is_refused(threshold):
+    make = rarity_gates if "alpha" in threshold else alpha_of_rare_fraction
+    with pytest.raises(ValueError, match=r"\[4, 8\) is a part of 8 ids, but names no group"):
+        make(torch.ones(4), tokens=8, reference_batch_tokens=8, shard=VocabShard(4, 8, 8), **threshold)
