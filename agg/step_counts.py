@@ -88,7 +88,7 @@ class StepCounts(ABC):
 
     def start_gather(self) -> None:
         """Begin what :meth:`of_all_shards` awaits, unless it would have to wait for an all-reduce first."""
-        if self._pending is None or self._pending[0] is None:
+        if self._world_size == 1:
             self._gathering = self.shard.start_all_gather(self.appearances)
 
     def of_all_shards(self) -> torch.Tensor:
@@ -262,9 +262,9 @@ class StepCounts(ABC):
             RuntimeError: there is none to take back.
         """
         self._settled()
-        self._forget_gathered()
         if self._undo is None:
             raise RuntimeError("no update to take back: only the last one can be undone, and only once")
+        self._forget_gathered()
         undo, self._undo = self._undo, None
         self._take_back(undo)
         self._updates -= 1
