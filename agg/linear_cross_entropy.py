@@ -28,9 +28,10 @@ from agg.probe import LossProbe
 from agg.sweep import Job, Sweep, sum_dtype
 from agg.vocab_shard import VocabShard
 
-# Elements of one chunk of logits. On a CPU 64 MiB in float32; on a GPU, where each chunk adds to all of dW in memory,
-# 1 GiB in bfloat16: 4,096 tokens at V 128k. Below 256 tokens dW is read and written too often for its matmul.
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**29}
+# Where no chunk_tokens are given; measured in PERFORMANCE.md, "Chunk size".
+CACHED_LOGITS = 2**22  # on a CPU, of one chunk: 16 MiB in float32
+CACHED_TOKENS, CPU_TOKENS = 512, 1024
+GPU_LOGITS, GPU_TOKENS = 2**29, 256  # 1 GiB in bfloat16, 4,096 tokens at V 128k
 
 
 def gated_linear_cross_entropy(
@@ -63,8 +64,7 @@ def gated_linear_cross_entropy(
         label_smoothing: eps in ``Y' = (1 - eps) Y + eps / V``, V the global unpadded size.
         reduction: ``mean`` over targets that are not ignored (0 if there are none), ``sum``, or ``none`` ([T],
             0 where ignored).
-        chunk_tokens: C. None: at most ``CHUNK_LOGITS`` over the rows of an even shard or 256, see
-            :func:`default_chunk_tokens`.
+        chunk_tokens: C. None: :func:`default_chunk_tokens`.
         z_loss: c; the gradient is that of the loss plus ``c log^2 Z`` of each position, Z the norm of its softmax.
         soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits; 0: as they are.
         probe: is told what the gates take and the loss of each token.
@@ -93,11 +93,18 @@ def gated_linear_cross_entropy(
 
 
 def default_chunk_tokens(rows: int, tokens: int, device_type: str) -> int:
-    """C where none is given, for so many rows of an even shard: as few chunks as the limit allows, all as long.
+    """C where none is given, for so many rows of an even shard: as few chunks as a limit allows, all as long.
 
-    Rounded up to a multiple of 32, so that it may exceed the limit by less than that.
+    On a CPU the limit is what keeps a chunk of logits in the cache. Where that is less than ``CACHED_TOKENS`` it is
+    ``CPU_TOKENS``: all of dW is read and written for each chunk, and with few tokens that costs more than the cache
+    saves. On a GPU it is ``GPU_LOGITS``, and at least ``GPU_TOKENS``. Rounded up to a multiple of 32, so that C may
+    exceed the limit by less than that.
     """
-    limit = max(256, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cpu"]) // rows)
+    if device_type == "cuda":
+        limit = max(GPU_TOKENS, GPU_LOGITS // rows)
+    else:
+        cached = CACHED_LOGITS // rows
+        limit = cached if cached >= CACHED_TOKENS else CPU_TOKENS
     chunks = max(1, -(-tokens // limit))
     return max(1, min(tokens, -(-tokens // chunks // 32) * 32))
 

@@ -101,9 +101,9 @@ class GatedObjective(PlainObjective):
         return self.module.gates
 
     def rare_fraction(self) -> float | None:
-        shard = self.module.shard
-        rare = shard.all_reduce(self.module.current_gates().rare.sum())
-        return int(rare) / shard.vocab_size
+        rare_ids = self.module.current_gates().rare_ids  # of all shards
+        assert rare_ids is not None
+        return int(rare_ids.sum()) / self.module.shard.vocab_size
 
     def frozen_rows(self) -> torch.Tensor | None:
         return self.gates().rare if self._treatment == "freeze" else None

@@ -189,11 +189,22 @@ def test_float16_under_a_loss_scaler():
         assert error <= 1.1 * budget
 
 
-def test_chunks_are_as_long_as_each_other():
-    for rows, tokens in ((32_768, 4_096), (50_257, 8_192), (131_072, 2_048), (8_192, 1_000), (100, 7)):
-        limit, chunk = max(256, 2**24 // rows), default_chunk_tokens(rows, tokens, "cpu")
+@pytest.mark.parametrize(
+    ("device", "rows", "limit"),
+    [
+        ("cpu", 100, 41_943),  # in the cache
+        ("cpu", 8_192, 512),
+        ("cpu", 8_193, 1_024),  # not in it with 512 tokens
+        ("cpu", 131_072, 1_024),
+        ("cuda", 131_072, 4_096),
+        ("cuda", 2**22, 256),
+    ],
+)
+def test_chunks_are_as_long_as_each_other(device, rows, limit):
+    for tokens in (7, 1_000, 4_096, 8_192, 100_000):
+        chunk = default_chunk_tokens(rows, tokens, device)
         assert chunk <= min(tokens, limit + 31) and -(-tokens // chunk) <= -(-tokens // limit)
-    assert default_chunk_tokens(131_072, 8_192, "cuda") == 4_096 and default_chunk_tokens(100, 0, "cpu") == 1
+    assert default_chunk_tokens(rows, 0, device) == 1
 
 
 def test_differentiating_twice_is_refused():
