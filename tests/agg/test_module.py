@@ -38,6 +38,28 @@ def test_counts_then_gates_then_loss():
     assert torch.equal(*grads)
 
 
+def test_a_compiled_model_trains_the_same():
+    """Dynamo and AOTAutograd see the counts, the gates and the loss; inductor would need a compiler."""
+    problem = make_problem()
+    answers = []
+    for compiled in (False, True):
+        module, weight = build(problem), problem.weight.clone().requires_grad_()
+
+        def loss_of(hidden, weight, module=module):
+            return module(hidden.tanh(), weight, problem.target)
+
+        call = torch.compile(loss_of, backend="aot_eager") if compiled else loss_of
+        losses = []
+        for _ in range(3):
+            losses.append(call(problem.hidden, weight))
+            losses[-1].backward()
+        answers.append((torch.stack(losses).detach(), weight.grad, module.frequency.appearances))
+    torch._dynamo.reset()
+    for one, other in zip(*answers, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert answers[0][2].sum() == 3 * (problem.target >= 0).sum()
+
+
 def test_rare_fraction_and_a_fading_window():
     problem = make_problem(ignored=0.0)
     module = build(problem, alpha=None, rare_fraction=0.5, window="exponential", window_steps=2)
