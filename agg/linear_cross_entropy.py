@@ -28,10 +28,10 @@ from agg.probe import LossProbe
 from agg.sweep import Job, Sweep, sum_dtype
 from agg.vocab_shard import VocabShard
 
-# Where no chunk_tokens are given; measured in PERFORMANCE.md, "Chunk size".
+# Where no chunk_tokens are given: PERFORMANCE.md, "Chunk size".
 CACHED_LOGITS = 2**22  # on a CPU, of one chunk: 16 MiB in float32
-CACHED_TOKENS, CPU_TOKENS = 512, 1024
-GPU_LOGITS, GPU_TOKENS = 2**29, 256  # 1 GiB in bfloat16, 4,096 tokens at V 128k
+CACHED_TOKENS, CPU_TOKENS = 512, 1024  # measured
+GPU_LOGITS, GPU_TOKENS = 2**29, 256  # 1 GiB in bfloat16, 4,096 tokens at V 128k; from arithmetic
 
 
 def gated_linear_cross_entropy(

@@ -29,7 +29,7 @@ class AdaptiveGradientGating(torch.nn.Module):
     data-parallel ranks raise FloatingPointError in the step after (on a GPU, the one after that), so that none is left
     waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite.
 
-    Under ``torch.compile`` the answer is the same; on a CPU its graph breaks wherever a value is read.
+    Under ``torch.compile`` on a CPU the answer is the same, and the graph breaks wherever a value is read.
 
     Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
     its device set before. What is wrong with the targets of one rank, or the shapes of a call without
