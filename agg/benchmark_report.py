@@ -19,6 +19,7 @@ from agg.benchmark_limits import host_bytes
 from agg.benchmark_measure import ratio
 
 Result = dict[str, Any]
+LEAST_ROUNDS = 9  # of a median that is held against a target
 
 
 def title(result: Result) -> str:
@@ -94,7 +95,8 @@ def judge(results: Sequence[Result]) -> list[dict[str, Any]]:
                         "size": f"{title(result)}, {result['rounds']} rounds",
                         "measured": measured,
                     }
-                    verdict |= {"interval": interval, "verdict": _verdict(target, measured, interval)}
+                    verdict["interval"] = interval
+                    verdict["verdict"] = _verdict(target, measured, interval, result["rounds"])
                     failed = next((n for n in (target.name, target.base) if sides[n]["failed"]), None)
                     verdicts.append({**verdict, "note": failed and f"{failed} computes other gradients"})
     return verdicts
@@ -110,8 +112,13 @@ def _measured(target: Target, sides: dict[str, Any]) -> tuple[float | None, list
     return found["median"], [found["interval_low"], found["interval_high"]]
 
 
-def _verdict(target: Target, measured: float, interval: list[float] | None) -> str:
-    """``met`` by the median alone; ``within spread`` if it misses and the interval of the median holds the limit."""
+def _verdict(target: Target, measured: float, interval: list[float] | None, rounds: int) -> str:
+    """``met`` by the median alone; ``within spread`` if it misses and the interval of the median holds the limit.
+
+    Of times a median is of at least ``LEAST_ROUNDS``; else the verdict says that it is not.
+    """
+    if interval is not None and rounds < LEAST_ROUNDS:
+        return "too few rounds"
     if measured <= target.limit if target.at_most else measured >= target.limit:
         return "met"
     return "within spread" if interval and interval[0] <= target.limit <= interval[1] else "missed"

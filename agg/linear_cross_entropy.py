@@ -56,7 +56,8 @@ def gated_linear_cross_entropy(
     the inputs.
 
     Args:
-        hidden: [T, D], the same on all tensor-parallel ranks. Its gradient is complete on each of them.
+        hidden: [T, D], the same on all tensor-parallel ranks. Its gradient is complete on each of them. Where the
+            target is ignored it may hold anything, NaN too.
         weight: [V_local, D], rows ``[shard.start, shard.stop)``. Rows that only pad get no gradient.
         target: int64 [T], global ids or ``ignore_index``, the same on all tensor-parallel ranks.
         gates: of this shard's rows; None is the plain loss.
@@ -77,7 +78,8 @@ def gated_linear_cross_entropy(
     if shard is None:
         shard = VocabShard(0, max(weight.shape[0], 1), max(weight.shape[0], 1))
     hidden, weight = as_under_autocast(hidden, weight)
-    check_options(label_smoothing, chunk_tokens, z_loss, soft_cap, reduction)
+    check_options(label_smoothing, chunk_tokens, z_loss, soft_cap)
+    check_reduction(reduction)
     check_inputs(hidden, weight, target, shard)
     if gates is not None:
         _check_gates(gates, shard)
@@ -138,12 +140,14 @@ def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tenso
     shard.check_whole()
 
 
-def check_options(
-    label_smoothing: float, chunk_tokens: int | None, z_loss: float, soft_cap: float, reduction: str = "mean"
-) -> None:
-    """What does not depend on the inputs; see :func:`gated_linear_cross_entropy`."""
+def check_reduction(reduction: str) -> None:
+    """See :func:`gated_linear_cross_entropy`."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}, must be mean, sum or none")
+
+
+def check_options(label_smoothing: float, chunk_tokens: int | None, z_loss: float, soft_cap: float) -> None:
+    """What does not depend on the call; see :func:`gated_linear_cross_entropy`."""
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, must be in [0, 1)")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -166,8 +170,13 @@ def _check_gates(gates: Gates, shard: VocabShard) -> None:
         raise ValueError("gates.rare and gates.rare_ids must be bool")
 
 
+def outside_vocabulary(target: torch.Tensor, ignore_index: int, shard: VocabShard) -> torch.Tensor:
+    """bool, as ``target``: neither an id nor ignored."""
+    return (target != ignore_index) & ((target < 0) | (target >= shard.vocab_size))
+
+
 def _check_targets(target: torch.Tensor, ignore_index: int, shard: VocabShard) -> None:
-    outside = (target != ignore_index) & ((target < 0) | (target >= shard.vocab_size))
+    outside = outside_vocabulary(target, ignore_index, shard)
     if not kernels.values_are_at_hand(target):
         torch._assert_async(~outside.any(), f"a target is outside the vocabulary of {shard.vocab_size} ids")
     elif bool(outside.any()):

@@ -8,10 +8,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from agg import kernels
 from agg.decayed_frequency import DecayedTokenFrequency
 from agg.frequency import TokenFrequency
 from agg.gating import Gates, alpha_of_counts, gates_of_counts, rare_candidates
-from agg.linear_cross_entropy import as_under_autocast, check_inputs, gated_linear_cross_entropy
+from agg.linear_cross_entropy import (
+    as_under_autocast,
+    check_inputs,
+    check_reduction,
+    gated_linear_cross_entropy,
+    outside_vocabulary,
+)
 from agg.probe import LossProbe
 from agg.settings import agree_on_settings
 from agg.vocab_shard import VocabShard
@@ -32,7 +39,8 @@ class AdaptiveGradientGating(torch.nn.Module):
     Under ``torch.compile`` on a CPU the answer is the same, and the graph breaks wherever a value is read.
 
     Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
-    its device set before. What is wrong with the targets of one rank, or the shapes of a call without
+    its device set before. A data-parallel group that is too small looks as one that is right does, since other kinds of
+    parallelism have ranks too. What is wrong with the targets of one rank, or the shapes of a call without
     :meth:`begin_step`, is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`.
 
     Args:
@@ -113,12 +121,23 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.frequency.start_gather()
 
     def undo_step(self) -> None:
-        """Take back the count of a step that is skipped, and what its loss was."""
+        """Take back the count of a step that is skipped, and what its loss was.
+
+        Raises:
+            RuntimeError: there is none to take back; only the last one can be.
+        """
         self.frequency.undo_update()
         self.gates = self._fault = None
 
     def current_gates(self) -> Gates:
-        """The gates of this step, of this rank's rows."""
+        """The gates of this step, of this rank's rows; before the first step, those of no counts.
+
+        The first call of a step awaits the counts, and on all tensor-parallel ranks is a collective of theirs.
+
+        Raises:
+            ValueError, FloatingPointError: what a rank was told of with the counts; see
+                :meth:`agg.TokenFrequency.update`.
+        """
         if self.gates is None:
             # Gathered once, threshold and gates of the whole vocabulary need no further collective.
             counts = self.frequency.of_all_shards()
@@ -141,14 +160,33 @@ class AdaptiveGradientGating(torch.nn.Module):
         reduction: str = "mean",
         probe: LossProbe | None = None,
     ) -> torch.Tensor:
-        """The loss of ``hidden`` [T, D] against ``target`` [T] under ``weight`` [V_local, D]."""
-        gates = None
+        """The loss of ``hidden`` against ``target`` under ``weight``; shapes and errors as below.
+
+        On a GPU, where looking at targets would stall it, those outside the vocabulary are ignored in training, and
+        all data-parallel ranks raise in a later step; the assertion on the device would end the process before.
+
+        Args:
+            hidden: [T, D]. weight: [V_local, D]. target: int64 [T].
+            reduction, probe: see :func:`agg.gated_linear_cross_entropy`.
+
+        Returns:
+            [], or [T] with reduction ``none``; float32 at least.
+
+        Raises:
+            ValueError, IndexError: see :func:`agg.gated_linear_cross_entropy`; such a call is not counted.
+            ValueError, FloatingPointError: see :meth:`current_gates`.
+            RuntimeError: :meth:`begin_step` was called for some steps and not for others.
+        """
+        gates = outside = None
         hidden, weight = as_under_autocast(hidden, weight)  # once, as both are looked at before they are used
         if self.training:
             if self._explicit_steps is not True:
                 self._set_explicit(False)
-                self._count(target, _problem_of(hidden, weight, target, self.shard))
+                self._count(target, _problem_of(hidden, weight, target, self.shard, reduction))
             gates = self.current_gates()
+            if not kernels.values_are_at_hand(target):
+                outside = outside_vocabulary(target, self.ignore_index, self.shard)
+                target = torch.where(outside, self.ignore_index, target)
         loss = gated_linear_cross_entropy(
             hidden,
             weight,
@@ -165,13 +203,21 @@ class AdaptiveGradientGating(torch.nn.Module):
         )
         if self.training:
             fault = ~torch.isfinite(loss.detach()).all()
+            if outside is not None:
+                fault |= outside.any()  # where it was counted, its own message comes first
             self._fault = fault if self._fault is None else self._fault | fault
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:
+        """For ``state_dict()``: this rank's part of the counts, on the CPU."""
         return self.frequency.state_dict()
 
     def set_extra_state(self, state: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
+        """For ``load_state_dict()``: this rank's part or, on another layout, those of all ranks.
+
+        Raises:
+            ValueError: see :meth:`agg.TokenFrequency.load_state_dict`.
+        """
         self.frequency.load_state_dict(state)
         self.gates = self._fault = None
 
@@ -189,11 +235,12 @@ class AdaptiveGradientGating(torch.nn.Module):
 
 
 def _problem_of(
-    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, shard: VocabShard
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, shard: VocabShard, reduction: str
 ) -> Exception | None:
     """What the loss would refuse, before the targets are counted."""
     try:
         check_inputs(hidden, weight, target, shard)
+        check_reduction(reduction)
     except ValueError as problem:
         return problem
     return None

@@ -32,6 +32,12 @@ def reference_gated_cross_entropy(
         hidden: [T, D]. weight: [V, D], all rows. target: int64 [T]. gates: of all V rows; None: all 1.
         vocab_size: unpadded size; rows from there on take no part. None: V.
         ignore_index, label_smoothing, reduction: as in ``torch.nn.functional.cross_entropy``.
+
+    Returns:
+        [], or [T] with reduction ``none``; in the dtype of ``hidden``.
+
+    Raises:
+        What torch raises: nothing is checked here.
     """
     weight = weight[:vocab_size]
     if gates is None:

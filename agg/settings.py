@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from agg.linear_cross_entropy import check_options
-from agg.step_counts import check_window_steps
+from agg.step_counts import check_membership, check_window_steps
 from agg.vocab_shard import VocabShard
 
 
@@ -55,6 +55,7 @@ def agree_on_settings(
             "only its own targets. Give the group whose ranks see other parts of the global batch.",
             stacklevel=3,
         )
+    check_membership(data_parallel_group)
     problem = _own_problem(shard, settings)
     excluded = sorted(set(settings["excluded_ids"]))  # too many to be shown
     mine = {**settings, "excluded_ids": f"{len(excluded)} ids of hash {hash(tuple(excluded))}"}
@@ -74,7 +75,7 @@ def agree_on_settings(
 def _own_problem(shard: VocabShard, settings: Mapping[str, Any]) -> str | None:
     try:
         check_settings(shard, settings)
-    except ValueError as problem:
+    except (TypeError, ValueError) as problem:  # such as of a text that is compared with a number
         return str(problem)
     return None
 

@@ -45,8 +45,7 @@ class StepCounts(ABC):
         self, shard: VocabShard, window_steps: int, data_parallel_group: dist.ProcessGroup | None = None
     ) -> None:
         check_window_steps(window_steps)
-        if data_parallel_group is not None and dist.get_rank(data_parallel_group) < 0:
-            raise ValueError("this rank is not in the data-parallel group that it was given")
+        check_membership(data_parallel_group)
         self.shard = shard
         self.window_steps = window_steps
         self._group = data_parallel_group
@@ -276,6 +275,15 @@ class StepCounts(ABC):
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state, on the CPU; the parts of all ranks together are the whole window."""
+
+
+def check_membership(data_parallel_group: dist.ProcessGroup | None) -> None:
+    """
+    Raises:
+        ValueError: this rank is not in it.
+    """
+    if data_parallel_group is not None and dist.get_rank(data_parallel_group) < 0:
+        raise ValueError("this rank is not in the data-parallel group that it was given")
 
 
 def check_window_steps(window_steps: int) -> None:

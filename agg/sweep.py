@@ -53,7 +53,7 @@ class Sweep:
     both is left to :class:`~agg.gradient_sums.GradientSums`, which multiplies in any case.
 
     Args:
-        hidden: [T, D]. weight: [V_local, D].
+        hidden: [T, D]; where ignored it may hold anything. weight: [V_local, D].
         row_scale: [T], what the loss of a position counts for, 0 where ignored; None without gradients.
 
     Attributes:
@@ -76,6 +76,7 @@ class Sweep:
         self._valid = job.valid()
         self._rows, self._here = job.shard.to_local(job.target)
         self._is_rare = job.target_is_rare()
+        self._order = self._in_order()
         self._own_p = torch.zeros_like(self.losses)  # what _add_p adds at each target; 0 where held elsewhere
         self._own_slope: torch.Tensor | None = torch.ones_like(self.losses) if job.soft_cap else None
         self._hidden_sum: torch.Tensor | None = None
@@ -104,25 +105,31 @@ class Sweep:
         return GradientSums(self.losses, self._hidden_sum, self._weight_sum, factor, self.hidden.dtype)
 
     def _chunks(self) -> None:
-        order = self._order()
-        if self._weight_sum is not None and len(order) == 0:
+        if self._weight_sum is not None and len(self._order) == 0:
             self._weight_sum.zero_()
         rare_count = self._is_rare.sum()
         size = self.job.chunk_tokens
-        self._logits = kernels.logits_buffer(self.hidden, min(size, len(order)), len(self.real))
-        for first in range(0, len(order), size):
-            self._chunk(order[first : first + size], first, rare_count)
+        self._logits = kernels.logits_buffer(self.hidden, min(size, len(self._order)), len(self.real))
+        for first in range(0, len(self._order), size):
+            self._chunk(self._order[first : first + size], first, rare_count)
         del self._logits  # before dW is rounded
 
-    def _order(self) -> torch.Tensor:
+    def _in_order(self) -> torch.Tensor:
         """int64: indices of the positions in the order of their classes; without the ignored if that costs no wait."""
         order = torch.where(self._is_rare, 0, torch.where(self._valid, 1, 2)).argsort(stable=True)
         return order[: int(self._valid.sum())] if kernels.values_are_at_hand(order) else order
 
+    def _hidden_of(self, chunk: torch.Tensor) -> torch.Tensor:
+        """[C, D], 0 where ignored: what is there may be NaN, as of a masked padding, and 0 times it would be too."""
+        hidden = self.hidden[chunk]
+        if kernels.values_are_at_hand(chunk):  # the order ends before the ignored
+            return hidden
+        return torch.where(self._valid[chunk][:, None], hidden, 0)
+
     def _chunk(self, chunk: torch.Tensor, first: int, rare_count: torch.Tensor) -> None:
         """Losses of the positions ``chunk`` [C], and their share of P in the gradients."""
         eps = self.job.label_smoothing
-        hidden, here = self.hidden[chunk], self._here[chunk]  # [C, D], [C]
+        hidden, here = self._hidden_of(chunk), self._here[chunk]  # [C, D], [C]
         logits = torch.mm(hidden, self.real.T, out=self._logits[: len(chunk)])
         slope = soft_cap_(logits, self.job.soft_cap) if self.job.soft_cap else None
         local_p, log_norm, factor, own_logit = softmax_over_shards_(
@@ -195,12 +202,15 @@ class Sweep:
         if not self.job.label_smoothing:
             return
         assert self._weight_sum is not None and self.row_scale is not None
-        hidden = self.hidden.to(self.sum_dtype)
         of_rare = torch.where(self._is_rare, self.row_scale, 0)
-        open_ = torch.ones(len(self.real), dtype=self.sum_dtype, device=hidden.device)
+        open_ = torch.ones(len(self.real), dtype=self.sum_dtype, device=of_rare.device)
         between = open_ if self._factors is None else self._factors[0][: len(self.real)]
-        for factor, scale in ((open_, self.row_scale - of_rare), (between, of_rare)):
-            self._weight_sum[: len(self.real)].addr_(factor, scale @ hidden, alpha=-self._smoothing_per_id)
+        scales = torch.stack([self.row_scale - of_rare, of_rare])
+        sums = torch.zeros(2, self.hidden.shape[1], dtype=self.sum_dtype, device=of_rare.device)
+        for chunk in self._order.split(self.job.chunk_tokens):
+            sums += scales[:, chunk] @ self._hidden_of(chunk).to(self.sum_dtype)
+        for factor, of_class in zip((open_, between), sums, strict=True):
+            self._weight_sum[: len(self.real)].addr_(factor, of_class, alpha=-self._smoothing_per_id)
 
     def _add_target_entries(self) -> None:
         """``- Y``, and what the gate took from the target's own entry of P, which is exempt."""
@@ -212,8 +222,8 @@ class Sweep:
             gate = torch.where(self._is_rare, self.job.gates.g2[self._rows], self.job.gates.g1[self._rows])
             coefficient += (1 - gate.to(self.sum_dtype)) * (self._own_p - self._smoothing_per_id)
         coefficient *= self.row_scale * self._here
-        for chunk in torch.arange(len(self.hidden), device=self.hidden.device).split(self.job.chunk_tokens):
-            entries = self.hidden[chunk].to(self.sum_dtype) * coefficient[chunk][:, None]
+        for chunk in self._order.split(self.job.chunk_tokens):
+            entries = self._hidden_of(chunk).to(self.sum_dtype) * coefficient[chunk][:, None]
             kernels.add_rows_(self._weight_sum, self._rows[chunk], entries)
 
 

@@ -17,6 +17,10 @@ class VocabShard:
         start, stop: range of *padded* ids.
         vocab_size: unpadded size of the whole vocabulary; ids at or above it only pad.
         group: the tensor-parallel group over which the vocabulary is split; None: not split.
+
+    Raises:
+        ValueError: an empty range, no vocabulary, or this rank is not in the group. Whether the rows of all ranks are
+            the whole is looked at where they meet, so that all are told: :meth:`check_whole`.
     """
 
     start: int
@@ -31,13 +35,6 @@ class VocabShard:
             raise ValueError(f"vocab_size is {self.vocab_size}, must be at least 1")
         if self.group is not None and dist.get_rank(self.group) < 0:
             raise ValueError("this rank is not in the tensor-parallel group that it was given")
-        if self.world_size > 1:
-            rank, size = dist.get_rank(self.group), len(self)
-            if self.start != rank * size or self.world_size * size < self.vocab_size:
-                raise ValueError(
-                    f"[{self.start}, {self.stop}) of {self.vocab_size} ids is not the even share of rank {rank} in a "
-                    f"group of {self.world_size}"
-                )
 
     @classmethod
     def of_rank(
@@ -48,7 +45,8 @@ class VocabShard:
         The padded size does not depend on ``world_size``, so weights mean the same on every layout.
 
         Raises:
-            ValueError: ``world_size`` does not divide the padded size, or ``rank`` is not in it.
+            ValueError: ``world_size`` does not divide the padded size or is not that of the group, or ``rank`` is not
+                in it.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
@@ -81,8 +79,14 @@ class VocabShard:
     def check_whole(self) -> None:
         """
         Raises:
-            ValueError: without a group, these rows are not all.
+            ValueError: without a group, these rows are not all; with one, they are not the even share of this rank.
         """
+        rank, size = 0 if self.group is None else dist.get_rank(self.group), len(self)
+        if self.world_size > 1 and (self.start != rank * size or self.world_size * size < self.vocab_size):
+            raise ValueError(
+                f"[{self.start}, {self.stop}) of {self.vocab_size} ids is not the even share of rank {rank} in a "
+                f"group of {self.world_size}"
+            )
         if self.world_size == 1 and (self.start, self.real) != (0, self.vocab_size):
             raise ValueError(
                 f"the shard [{self.start}, {self.stop}) is a part of {self.vocab_size} ids, but names no group that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -34,6 +35,13 @@ def test_agg_imports_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # Nor what torch brings along by itself, in any of its files.
+    library = [file for file in (ROOT / "agg").glob("*.py") if not file.name.startswith(("benchmark", "triton_"))]
+    trees = [ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for file in library]
+    nodes = [node for tree in trees for node in tree]
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in named} - sys.stdlib_module_names == {"agg", "torch"}
 
 
 def test_links_and_files_exist():

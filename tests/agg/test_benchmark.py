@@ -17,7 +17,8 @@ from agg.benchmark_sides import OURS
 from tests.distributed import run_ranks
 
 SIZE = (515, 8, 64)  # V does not divide over two ranks
-PEERS = {"megatron-core vocab-parallel", "torch cross_entropy", "paper's form", "torch linear_cross_entropy, chunked"}
+PEERS = {"megatron-core vocab-parallel", "torch cross_entropy", "paper's form"}
+PEERS |= {"torch linear_cross_entropy", "torch linear_cross_entropy, chunked"}
 COUNTING = {"counting and gating, alpha", "counting and gating, rare_fraction"}
 
 
@@ -164,7 +165,9 @@ def test_what_does_not_fit_is_left_out(capsys, tmp_path, monkeypatch):
 
 
 def test_grid_and_time_limit(capsys, tmp_path, monkeypatch):
-    assert len(benchmark_limits.grid_sizes()) == 3 * 3 * 2 + 1
+    grid = benchmark_limits.grid_sizes()
+    assert {32_768, 50_257, 131_072} == {v for v, _, _ in grid} and {256, 1024, 4096} == {d for _, d, _ in grid}
+    assert len(set(grid)) == 3 * 3 * 2 + 1 and {t for *_, t in grid} == {2048, 4096, 8192}
     monkeypatch.setattr(benchmark_limits, "grid_sizes", lambda: [SIZE, (1030, 8, 64)])
     text, saved = run(capsys, tmp_path, "--grid", "--tensor-parallel", "1", "--limit-seconds", "1e-6")
     assert [result["vocab_size"] for result in saved["results"]] == [515, 1030]
@@ -190,6 +193,11 @@ def test_targets():
     assert verdicts["paper's form / gated >= 4.00"]["verdict"] == "met"
     assert verdicts["peak memory of paper's form / gated >= 8.00"]["measured"] == 10
     assert not any("three matmuls" in target for target in verdicts)  # of another size
+    few = small_result(rounds=8)
+    for side in few["sides"].values():
+        side["seconds"] = side["seconds"][:8]
+    times = {v["verdict"] for v in benchmark_report.judge([few]) if "memory" not in v["target"]}
+    assert times == {"too few rounds"}
     noisy = small_result()
     noisy["sides"]["gated"]["seconds"][:2] = [0.9, 0.95]
     assert benchmark_report.judge([noisy])[0]["verdict"] == "within spread"

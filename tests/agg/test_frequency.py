@@ -82,6 +82,15 @@ def test_the_window_takes_eight_bytes_for_each_distinct_id_of_a_step():
     kept = frequency.state_dict()
     distinct = sum(len(batch[batch >= 0].unique()) for batch in seen[-4:])
     assert kept["rows"].nbytes + kept["counts"].nbytes == 8 * (distinct + 4)
+    # A view of a slot's histogram would be as small, and keep all of it.
+    held = [part.untyped_storage().nbytes() for slot in frequency._stored().values() for part in slot]
+    assert sum(held) == 8 * (distinct + 4)
+
+
+def test_a_rank_that_has_no_tokens_counts_none():
+    frequency = TokenFrequency(VocabShard.of_rank(50, 0, 1), 4)
+    frequency.update(torch.empty(0, 7, dtype=torch.int64))
+    assert frequency.steps == 1 and frequency.tokens == 0 and not frequency.appearances.any()
 
 
 @pytest.mark.parametrize("kind", [TokenFrequency, DecayedTokenFrequency])

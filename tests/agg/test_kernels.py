@@ -193,12 +193,30 @@ def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduc
     probe = LossProbe()
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
 
+    hosted = []
+
     def on_the_host(function):
         def run(*args):
+            hosted.append(function)
             with _disable_current_modes():
-                return function(*args)
+                try:
+                    return function(*args)
+                finally:
+                    hosted.pop()
 
         return run
+
+    def on_the_host_alone(name):
+        original = getattr(torch.Tensor, name)
+
+        def run(tensor, *args):
+            assert hosted, f"{name} waits"
+            return original(tensor, *args)
+
+        return run
+
+    for name in ("tolist", "numpy", "cpu"):  # what NoWait does not see
+        monkeypatch.setattr(torch.Tensor, name, on_the_host_alone(name))
 
     monkeypatch.setattr(frequency, "_sparse", on_the_host(frequency._sparse))
     complaints = step_counts.StepCounts._raise_complaints
@@ -211,6 +229,8 @@ def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduc
     assert module.frequency.steps == 1 and module.current_gates().rare.any()
     with pytest.raises(AssertionError, match="waits"), NoWait():
         problem.target.nonzero()
+    with pytest.raises(AssertionError, match="tolist waits"):
+        problem.target.tolist()
 
 
 def test_what_is_wrong_is_told_a_step_later(on_device):
@@ -226,6 +246,28 @@ def test_what_is_wrong_is_told_a_step_later(on_device):
         module(hidden, problem.weight, problem.target)
     with pytest.raises(FloatingPointError, match="not finite on 1 data-parallel ranks"):
         module(problem.hidden, problem.weight, problem.target)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_target_outside_the_vocabulary_is_told_of_by_the_module(on_device, counted):
+    """Where it cannot be looked at it trains nothing, and a later step says so; also if it was not counted."""
+    problem = make_problem()
+    module = AdaptiveGradientGating(problem.shard(0, 1), alpha=0.3, window_steps=2)
+    ignored, outside = problem.target.clone(), problem.target.clone()
+    ignored[5], outside[5] = -100, 507
+    answers = []
+    for target in (ignored, outside):
+        module.begin_step(outside if counted and target is outside else ignored)
+        weight = problem.weight.clone().requires_grad_()
+        module(problem.hidden, weight, target).backward()
+        answers.append(weight.grad)
+    with pytest.raises(ValueError if counted else FloatingPointError, match="1 targets of this" if counted else "not "):
+        for _ in range(2):  # a fault is told with the counts of the step after
+            module.begin_step(ignored)
+            module.current_gates()
+    assert torch.isfinite(answers[1]).all() and (answers[1] != 0).any()
+    with pytest.raises(RuntimeError, match="a target is outside the vocabulary of 507 ids"):
+        module.eval()(problem.hidden, problem.weight, outside)
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path):

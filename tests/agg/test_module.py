@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agg import AdaptiveGradientGating, TokenFrequency, gated_linear_cross_entropy, rarity_gates
 from tests.agg.problems import make_problem
@@ -92,7 +94,30 @@ def test_micro_batches_equal_the_whole_batch():
             module(hidden, weight, target, reduction="sum").backward()
         grads.append(weight.grad)
         assert module.frequency.steps == 1
-    assert torch.allclose(*grads, atol=1e-12)
+    assert torch.allclose(*grads, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(targets=st.lists(st.integers(-1, 506), min_size=1, max_size=40), cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_any_split_into_micro_batches(targets, cuts):
+    """Any targets (-1: ignored) cut anywhere, also into parts of which nothing is left."""
+    problem = make_problem(tokens=len(targets))
+    target = torch.tensor(targets)
+    sizes = torch.tensor([0, *sorted(min(cut, len(targets)) for cut in cuts), len(targets)]).diff().tolist()
+    answers = []
+    for split in ([len(targets)], sizes):
+        module = build(problem, ignore_index=-1)
+        hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+        module.begin_step(target)
+        losses = [
+            module(part, weight, its_target, reduction="sum")
+            for part, its_target in zip(hidden.split(split), target.split(split), strict=True)
+        ]
+        sum(losses).backward()
+        assert module.frequency.steps == 1 and module.frequency.tokens == (target >= 0).sum()
+        answers.append((sum(losses).detach(), hidden.grad, weight.grad))
+    for one, other in zip(*answers, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-11)
 
 
 def test_evaluation_neither_counts_nor_gates():
@@ -151,6 +176,7 @@ def test_a_copy_counts_on_its_own():
         ({"target": torch.zeros(5, dtype=torch.int64)}, ValueError, "target must be"),
         ({"hidden": torch.zeros(96, 16)}, ValueError, "one floating dtype"),
         ({"target": torch.zeros(96)}, ValueError, "target must be int64"),
+        ({"reduction": "average"}, ValueError, "reduction is 'average'"),
     ],
 )
 def test_a_refused_call_is_not_counted(change, error, message):

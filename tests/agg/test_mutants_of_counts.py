@@ -10,17 +10,34 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import agg.sweep
 from agg import DecayedTokenFrequency, TokenFrequency, VocabShard, alpha_of_rare_fraction
 from agg.step_counts import StepCounts
 from agg.sweep import Sweep
-from tests.agg import test_accumulation, test_any_gates, test_frequency, test_gating, test_linear_cross_entropy
-from tests.invariance import test_agg_counts, test_agg_resharding, test_agg_split_loss
+from tests.agg import (
+    test_accumulation,
+    test_any_gates,
+    test_frequency,
+    test_gating,
+    test_linear_cross_entropy,
+    test_logit_options,
+)
+from tests.invariance import (
+    test_agg_counts,
+    test_agg_layouts,
+    test_agg_resharding,
+    test_agg_split_loss,
+    test_agg_zero3,
+)
 
 init_counts = StepCounts.__init__
 load_state_dict = StepCounts.load_state_dict
 sweep_run = Sweep.run
+row_factors = agg.sweep.row_factors
+softmax_over_shards_ = agg.sweep.softmax_over_shards_
+soft_cap_ = agg.sweep.soft_cap_
 
 
 def window_off_by(more: int):
@@ -75,6 +92,29 @@ def undivided_by_a_closed_gate(gates, dtype):
     return torch.where(g1 > 0, g2 / g1, 1.0), g1
 
 
+def no_factors(gates, dtype):
+    return (torch.ones_like(gates.g1, dtype=agg.sweep.sum_dtype(dtype)),) * 2
+
+
+def no_factors_on_ranks(gates, dtype):
+    """So that the answer of one process stays right."""
+    return (no_factors if dist.is_initialized() else row_factors)(gates, dtype)
+
+
+def a_tenth_more_loss(*arguments):
+    p, log_norm, factor, own = softmax_over_shards_(*arguments)
+    return p, 1.1 * log_norm, factor, own
+
+
+def no_z_loss(self):
+    self.job = dataclasses.replace(self.job, z_loss=0.0)
+    return sweep_run(self)
+
+
+def no_slope(logits, cap):
+    return torch.ones_like(soft_cap_(logits, cap))
+
+
 def zeroed_hidden_grad(self):
     sums = sweep_run(self)
     sums.hidden.zero_()
@@ -94,6 +134,22 @@ split_fp32 = partial(
     test_agg_split_loss.test_error_within_that_of_the_plain_formula, 2, torch.float32, {"label_smoothing": 0.1}
 )
 many_chunks = partial(test_accumulation.test_the_error_does_not_grow_with_the_number_of_chunks, "sum")
+split_bf16 = partial(
+    test_agg_split_loss.test_error_within_that_of_the_plain_formula, 2, torch.bfloat16, {"chunk_tokens": 31}
+)
+split_strided = partial(test_agg_split_loss.test_inputs_that_are_not_contiguous, test_agg_split_loss.strided)
+fp32, bf16 = (
+    partial(test_linear_cross_entropy.test_error_within_that_of_the_plain_formula, dtype, True)
+    for dtype in (torch.float32, torch.bfloat16)
+)
+layout_fp32 = partial(test_agg_layouts.test_a_step_on_every_layout, 2, 2, (1, 1), torch.float32)
+zero3 = partial(test_agg_zero3.test_gradients_equal_those_of_one_process, 2)
+penalised = partial(test_logit_options.test_equals_autograd, {"z_loss": 0.03}, True, "sum", 7)
+penalised_fp32 = partial(test_logit_options.test_error_within_that_of_dense_logits, torch.float32, {"z_loss": 1e-3})
+penalised_on_ranks = partial(test_logit_options.test_split_vocabulary, 2, {"z_loss": 0.03})
+capped = partial(test_logit_options.test_equals_autograd, {"soft_cap": 2.0}, True, "sum", 7)
+capped_fp32 = partial(test_logit_options.test_error_within_that_of_dense_logits, torch.float32, {"soft_cap": 30.0})
+capped_on_ranks = partial(test_logit_options.test_split_vocabulary, 2, {"soft_cap": 2.0})
 any_gates = test_any_gates.test_all_values_of_both_gates
 any_gates_fp32 = partial(test_any_gates.test_any_gates_in_other_dtypes, torch.float32)
 
@@ -124,6 +180,36 @@ MUTANTS = {
     "g1 of 0 closes g2, fp32": (agg.sweep, "row_factors", undivided_by_a_closed_gate, any_gates_fp32),
     "sums in bf16": (agg.sweep, "sum_dtype", lambda dtype: dtype, partial(many_chunks, True)),
     "sums in bf16, not gated": (agg.sweep, "sum_dtype", lambda dtype: dtype, partial(many_chunks, False)),
+    **{
+        f"not gated, {name}": (agg.sweep, "row_factors", no_factors_on_ranks if name == "ZeRO 3" else no_factors, test)
+        for name, test in {
+            "fp32": fp32,
+            "bf16": bf16,
+            "ranks, bf16": split_bf16,
+            "ranks, strided": split_strided,
+            "layout, fp32": layout_fp32,
+            "ZeRO 3": zero3,
+        }.items()
+    },
+    **{
+        f"more loss, {name}": (agg.sweep, "softmax_over_shards_", a_tenth_more_loss, test)
+        for name, test in {
+            "fp64": formula,
+            "fp32": fp32,
+            "bf16": bf16,
+            "ranks": split_formula,
+            "layout, fp32": layout_fp32,
+            "z-loss": penalised,
+        }.items()
+    },
+    **{
+        f"no z-loss, {name}": (Sweep, "run", no_z_loss, test)
+        for name, test in {"fp64": penalised, "fp32": penalised_fp32, "ranks": penalised_on_ranks}.items()
+    },
+    **{
+        f"no slope of the cap, {name}": (agg.sweep, "soft_cap_", no_slope, test)
+        for name, test in {"fp64": capped, "fp32": capped_fp32, "ranks": capped_on_ranks}.items()
+    },
     "zeroed dH": (Sweep, "run", zeroed_hidden_grad, formula),
     "zeroed dH, ranks": (Sweep, "run", zeroed_hidden_grad, split_formula),
 }

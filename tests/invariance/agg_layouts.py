@@ -71,16 +71,16 @@ def step_gates(counts: torch.Tensor, options: dict[str, Any]) -> Gates:
     return rarity_gates(counts, tokens=int(counts.sum()), reference_batch_tokens=REFERENCE, shard=shard, **options)
 
 
-def papers_answer(options: dict[str, Any] = OPTIONS) -> Answer:
-    """The whole step by the paper's formula, in fp64."""
+def papers_answer(options: dict[str, Any] = OPTIONS, dtype: torch.dtype = torch.float64) -> Answer:
+    """The whole step by the paper's formula."""
     counts = step_counts()
     gates = step_gates(counts, options)
-    loss, hidden_grad, weight_grad = dense_answer(dataclasses.replace(step_problem(), gates=gates), reduction="sum")
+    problem = step_problem()
+    problem = dataclasses.replace(
+        problem, hidden=problem.hidden.to(dtype), weight=problem.weight.to(dtype), gates=gates
+    )
+    loss, hidden_grad, weight_grad = dense_answer(problem, reduction="sum")
     return _answer(counts, gates, loss, hidden_grad, weight_grad)
-
-
-def one_process(dtype: torch.dtype, options: dict[str, Any] = OPTIONS) -> Answer:
-    return _part_of_step(None, None, 1, 1, (1,), dtype, options)[2]
 
 
 def part_of_step(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import make_problem
 from tests.distributed import run_ranks
+from tests.invariance.agg_layouts import groups
 
 
 def caught(function) -> str:
@@ -88,6 +89,49 @@ def a_call_that_is_refused_on_one_rank(rank: int, world_size: int):
     return shapes, module.frequency.steps, caught(count)
 
 
+def refused_under_two_tensor_parallel_ranks(rank: int, world_size: int, what: str):
+    """Both tensor-parallel ranks of the second data-parallel rank get what is wrong, as a trainer would hand it on."""
+    dp_group, tp_group = groups(rank, 2, 2)
+    problem = make_problem()
+    shard = problem.shard(rank % 2, 2, tp_group)
+    weight, _ = problem.local(shard)
+    module = AdaptiveGradientGating(shard, alpha=0.3, window_steps=2, data_parallel_group=dp_group)
+    hidden, target = problem.hidden.clone(), problem.target.clone()
+    if rank >= 2 and what == "NaN":
+        hidden[target >= 0] = torch.nan
+    if rank >= 2 and what == "shape":
+        hidden = hidden[:, :9]
+    if rank >= 2 and what == "id":
+        target[5] = 507
+    first = caught(lambda: module(hidden, weight, target))
+    return first, caught(lambda: module(problem.hidden, weight, problem.target))
+
+
+def test_what_is_refused_under_tensor_parallelism():
+    others = "ValueError: 1 data-parallel ranks could not take part in this step; their own messages say why"
+    for rank, (first, then) in enumerate(run_ranks(refused_under_two_tensor_parallel_ranks, 4, "shape")):
+        assert first.startswith("ValueError: hidden must be [T, D]") if rank >= 2 else first == others
+        assert then == "no error"
+    for first, then in run_ranks(refused_under_two_tensor_parallel_ranks, 4, "id"):
+        assert first == "ValueError: 1 targets of this step are outside the vocabulary of 507 ids"
+        assert then == "no error"
+    for first, then in run_ranks(refused_under_two_tensor_parallel_ranks, 4, "NaN"):
+        assert first == "no error"
+        assert then.startswith("FloatingPointError: the loss of the step before was not finite on 1 data-parallel")
+
+
+def gates_of_another_shard(rank: int, world_size: int):
+    problem = make_problem()
+    shard = problem.shard(rank, world_size, dist.group.WORLD)
+    weight, _ = problem.local(shard)
+    return caught(lambda: gated_linear_cross_entropy(problem.hidden, weight, problem.target, problem.gates, shard))
+
+
+def test_gates_of_another_shards_size():
+    for error in run_ranks(gates_of_another_shard, 2):
+        assert error == "ValueError: gates.rare has 512 rows, the shard has 256"
+
+
 def test_a_call_that_one_rank_refuses():
     others = "ValueError: 1 data-parallel ranks could not take part in this step; their own messages say why"
     for rank, (shapes, steps, dtype) in enumerate(run_ranks(a_call_that_is_refused_on_one_rank, 4)):
@@ -108,12 +152,16 @@ def settings_that_differ(rank: int, world_size: int, what: str):
         return caught(lambda: build(half, alpha=0.3 if rank else -1.0, data_parallel_group=across))
     if what == "one of four":
         return caught(lambda: build(half, label_smoothing=0.1 * (rank // 3), data_parallel_group=across))
+    if what == "a text":
+        return caught(lambda: build(half, alpha="0.3" if rank == 1 else 0.3, data_parallel_group=across))
     if what == "alpha":
         return caught(lambda: build(half, alpha=0.3 + rank % 2, data_parallel_group=across))
     if what == "group of all ranks":
         return caught(lambda: build(half, data_parallel_group=world))
     if what == "group of others":
-        return caught(lambda: TokenFrequency(half, 2, other)), caught(lambda: VocabShard(0, 256, 507, other))
+        whole = VocabShard(0, 512, 507)
+        counting = (lambda: TokenFrequency(half, 2, other)), (lambda: build(whole, data_parallel_group=other))
+        return *map(caught, counting), caught(lambda: VocabShard(0, 256, 507, other))
     raise AssertionError(what)
 
 
@@ -123,6 +171,7 @@ def settings_that_differ(rank: int, world_size: int, what: str):
         ("window", "window_steps is 2 on rank 0 of the data-parallel group and 3 on rank 3"),
         ("alpha", "alpha is 0.3 on rank 0 of the tensor-parallel group and 1.3 on rank 1"),
         ("option of one", "alpha is -1.0, must be above 0"),
+        ("a text", "'>' not supported between instances of 'str' and 'int'"),
         ("one of four", "label_smoothing is 0.0 on rank 0 of the data-parallel group and 0.1 on rank 1"),
         ("group of all ranks", "rows is (0, 256) on rank 0 of the data-parallel group and (256, 512) on rank 1"),
     ],
@@ -132,8 +181,8 @@ def test_settings_that_differ_are_refused_on_all_ranks(what, message):
 
 
 def test_a_group_without_this_rank():
-    for counts, shard in run_ranks(settings_that_differ, 4, "group of others"):
-        assert counts == "ValueError: this rank is not in the data-parallel group that it was given"
+    for counts, module, shard in run_ranks(settings_that_differ, 4, "group of others"):
+        assert counts == module == "ValueError: this rank is not in the data-parallel group that it was given"
         assert shard == "ValueError: this rank is not in the tensor-parallel group that it was given"
 
 
@@ -168,18 +217,20 @@ def test_copies_share_their_groups():
 def groups_of_the_wrong_size(rank: int, world_size: int):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = pairs[rank // 2]
-    return (
-        caught(lambda: VocabShard.of_rank(507, rank, 4, mine)),
-        caught(lambda: VocabShard(128 * rank, 128 * rank + 128, 507, mine)),
-        caught(lambda: VocabShard(256 * (rank % 2), 256 * (rank % 2) + 256, 507, dist.group.WORLD)),
-    )
+    too_small = VocabShard(128 * rank, 128 * rank + 128, 507, mine)
+    too_large = VocabShard(256 * (rank % 2), 256 * (rank % 2) + 256, 507, dist.group.WORLD)
+    across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    build = functools.partial(AdaptiveGradientGating, alpha=0.3, window_steps=2, data_parallel_group=across)
+    modules = (caught(functools.partial(build, shard)) for shard in (too_small, too_large))
+    return caught(lambda: VocabShard.of_rank(507, rank, 4, mine)), *modules
 
 
 def test_groups_of_the_wrong_size():
-    for rank, (by_rank, too_small, too_large) in enumerate(run_ranks(groups_of_the_wrong_size, 4)):
+    """Of four ranks too, where only two of them can see that the group is too large."""
+    for by_rank, too_small, too_large in run_ranks(groups_of_the_wrong_size, 4):
         assert by_rank == "ValueError: world_size is 4, but the group has 2 ranks"
         assert "is not the even share of rank" in too_small
-        assert ("is not the even share of rank" in too_large) == (rank > 1)
+        assert "[0, 256) of 507 ids is not the even share of rank 2 in a group of 4" in too_large
 
 
 def shard_without_its_group(rank: int, world_size: int):

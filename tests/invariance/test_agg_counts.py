@@ -184,6 +184,7 @@ def collectives_of_a_step(rank: int, world_size: int, data_parallel: int, thresh
     module.begin_step(zipf_steps(3)[0].chunk(data_parallel)[dist.get_rank(dp_group)])
     of_begin, gathering = len(calls), module.frequency._gathering
     assert (gathering is not None and gathering._work is not None) == (data_parallel == 1)  # not awaited yet
+    assert (module.frequency._pending is not None) == (data_parallel > 1)  # nor the all-reduce
     assert module.current_gates().rare_ids.any() and module.current_gates() is module.gates
     told = [(name, of_tp, asynchronous) for name, _, of_tp, asynchronous in calls]
     return told[:of_begin], told[of_begin:]

@@ -9,7 +9,6 @@ from tests.distributed import run_ranks
 from tests.invariance.agg_layouts import (
     OPTIONS,
     errors,
-    one_process,
     papers_answer,
     part_of_step,
     step_counts,
@@ -45,13 +44,15 @@ def test_the_step_has_teeth():
     [((1,), torch.float64), (EVEN, torch.float64), (UNEVEN, torch.float64), ((1, 1), torch.float32)],
 )
 def test_a_step_on_every_layout(data_parallel, tensor_parallel, micro_batches, dtype):
-    """Counts and gates exactly; fp64 to 1e-12; fp32 within twice the error of one process against fp64, and 1 eps."""
+    """Counts and gates exactly; fp64 to 1e-12.
+
+    Error budget of fp32: that of the paper's form on one process, plus half, and 1 eps.
+    """
     exact = papers_answer()
     tolerance = 1e-12
     if dtype == torch.float32:
-        tolerance = {
-            name: 2 * error + torch.finfo(dtype).eps for name, error in errors(one_process(dtype), exact).items()
-        }
+        plain = errors(papers_answer(dtype=dtype), exact)
+        tolerance = {name: 1.5 * error + torch.finfo(dtype).eps for name, error in plain.items()}
     layout = (data_parallel, tensor_parallel)
     parts = run_ranks(part_of_step, data_parallel * tensor_parallel, *layout, micro_batches, dtype)
     assert len(parts) == data_parallel * tensor_parallel

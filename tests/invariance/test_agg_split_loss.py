@@ -19,7 +19,8 @@ def contiguous(x: torch.Tensor) -> torch.Tensor:
 
 def strided(x: torch.Tensor) -> torch.Tensor:
     """Every second entry of memory twice as wide; what lies between is not to be touched."""
-    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    between = torch.full_like(x, torch.nan) if x.is_floating_point() else torch.full_like(x, 10**9)
+    return torch.stack([x, between], -1)[..., 0]
 
 
 def one_rank_of_the_loss(
@@ -29,7 +30,8 @@ def one_rank_of_the_loss(
     shard = problem.shard(rank, world_size, dist.group.WORLD)
     weight, gates = problem.local(shard)
     hidden, weight = (lay_out(x.to(dtype)).requires_grad_() for x in (problem.hidden, weight))
-    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, **(options or {}))
+    target = lay_out(problem.target[None]).squeeze(0)
+    loss = gated_linear_cross_entropy(hidden, weight, target, gates, shard, **(options or {}))
     weigh(loss).backward()
     return loss.detach(), hidden.grad, weight.grad
 
