@@ -115,7 +115,7 @@ def _measured(target: Target, sides: dict[str, Any]) -> tuple[float | None, list
 def _verdict(target: Target, measured: float, interval: list[float] | None, rounds: int) -> str:
     """``met`` by the median alone; ``within spread`` if it misses and the interval of the median holds the limit.
 
-    Of times a median is of at least ``LEAST_ROUNDS``; else the verdict says that it is not.
+    A median of times counts from ``LEAST_ROUNDS`` on; with fewer the verdict is ``too few rounds``.
     """
     if interval is not None and rounds < LEAST_ROUNDS:
         return "too few rounds"

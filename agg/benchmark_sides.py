@@ -41,7 +41,7 @@ class Case:
 def make_case(
     vocab_size: int, hidden_size: int, tokens: int, dtype: torch.dtype, device: str, shard: VocabShard
 ) -> Case:
-    """Zipf targets; about half of the vocabulary is rare, and so is one target in sixteen (V 32k) to eighteen (V 128k).
+    """Zipf targets; about half of the vocabulary is rare, and so is about one target in sixteen.
 
     Everything is drawn whole on every rank from one seed, so that ranks hold parts of the same problem.
     """

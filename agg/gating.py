@@ -56,8 +56,8 @@ def rarity_gates(
             vocabulary are excluded already.
 
     Raises:
-        ValueError: counts of another shard's size, a part of the vocabulary without the group that holds the others,
-            ``alpha`` or ``reference_batch_tokens`` not above 0.
+        ValueError: counts of another shard's size, a part of the vocabulary without the group that holds the others or
+            not this rank's share in it, ``alpha`` or ``reference_batch_tokens`` not above 0.
     """
     if appearances.shape != (len(shard),):
         raise ValueError(f"appearances have shape {tuple(appearances.shape)}, this shard has {len(shard)} rows")
@@ -90,7 +90,8 @@ def alpha_of_rare_fraction(
         float64 []; 0, and so no rare token, where none has occurred.
 
     Raises:
-        ValueError: ``rare_fraction`` is not above 0 and below 1, or the shard is a part without a group.
+        ValueError: ``rare_fraction`` is not above 0 and below 1, or the shard is a part without a group or not this
+            rank's share in it.
     """
     if not 0 < rare_fraction < 1:
         raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")

@@ -29,7 +29,8 @@ class AdaptiveGradientGating(torch.nn.Module):
 
     Without gradient accumulation, call it once per optimizer step. With it, call :meth:`begin_step` with all targets
     of the step before its first forward pass, which then hides the exchange of the counts; then the loss once per
-    micro-batch. Do the one or the other, not both. For the gradient of the whole step divide sums
+    micro-batch. Do the one or the other, not both; a :meth:`begin_step` that is forgotten later on cannot be told from
+    one more micro-batch. For the gradient of the whole step divide sums
     (``reduction="sum"``) by its valid targets: a mean is of one micro-batch of one rank.
 
     A loss that is not finite comes back as it is, as from torch's; unless :meth:`undo_step` takes the step back, all
@@ -39,9 +40,9 @@ class AdaptiveGradientGating(torch.nn.Module):
     Under ``torch.compile`` on a CPU the answer is the same, and the graph breaks wherever a value is read.
 
     Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
-    its device set before. A data-parallel group that is too small looks as one that is right does, since other kinds of
-    parallelism have ranks too. What is wrong with the targets of one rank, or the shapes of a call without
-    :meth:`begin_step`, is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`.
+    its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
+    parallelism have ranks too. What is wrong with the targets of one rank, or with a call without :meth:`begin_step`,
+    is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
@@ -55,7 +56,8 @@ class AdaptiveGradientGating(torch.nn.Module):
         ignore_index, label_smoothing, chunk_tokens, z_loss, soft_cap: see :func:`~agg.gated_linear_cross_entropy`.
 
     Raises:
-        ValueError: on all ranks, an option of one out of its range, or settings or shards that do not fit together.
+        ValueError: on all ranks, an option of one out of its range, or settings or shards that do not fit together; on
+            this rank alone, it is not in the data-parallel group.
     """
 
     def __init__(
@@ -79,8 +81,6 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.shard = shard
         self.alpha, self.rare_fraction = alpha, rare_fraction
         self.reference_batch_tokens = reference_batch_tokens
-        # Also where a model is built on the meta device, this stays real.
-        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64, device="cpu")
         self.ignore_index = ignore_index
         self.z_loss, self.soft_cap = z_loss, soft_cap
         self.label_smoothing = label_smoothing
@@ -91,7 +91,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             "window_steps": window_steps,
             "window": window,
             "reference_batch_tokens": reference_batch_tokens,
-            "excluded_ids": self.excluded_ids.tolist(),
+            "excluded_ids": excluded_ids,
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "chunk_tokens": chunk_tokens,
@@ -99,6 +99,8 @@ class AdaptiveGradientGating(torch.nn.Module):
             "soft_cap": soft_cap,
         }
         agree_on_settings(shard, data_parallel_group, settings)
+        # Also where a model is built on the meta device, this stays real.
+        self.excluded_ids = torch.as_tensor(excluded_ids, dtype=torch.int64, device="cpu")
         kind = TokenFrequency if window == "sliding" else DecayedTokenFrequency
         self.frequency: TokenFrequency | DecayedTokenFrequency = kind(shard, window_steps, data_parallel_group)
         self.gates: Gates | None = None  # of the current step
@@ -115,6 +117,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         Raises:
             ValueError, FloatingPointError, TypeError: see :meth:`agg.TokenFrequency.update`; on a CPU with one
                 data-parallel rank already here.
+            RuntimeError: the loss was called without it before.
         """
         self._set_explicit(True)
         self._count(targets)
@@ -163,7 +166,8 @@ class AdaptiveGradientGating(torch.nn.Module):
         """The loss of ``hidden`` against ``target`` under ``weight``; shapes and errors as below.
 
         On a GPU, where looking at targets would stall it, those outside the vocabulary are ignored in training, and
-        all data-parallel ranks raise in a later step; the assertion on the device would end the process before.
+        all data-parallel ranks raise in a later step, if there is one: an assertion on the device would end the process
+        before. Of targets that were not counted, :meth:`undo_step` forgets that.
 
         Args:
             hidden: [T, D]. weight: [V_local, D]. target: int64 [T].
@@ -173,9 +177,10 @@ class AdaptiveGradientGating(torch.nn.Module):
             [], or [T] with reduction ``none``; float32 at least.
 
         Raises:
-            ValueError, IndexError: see :func:`agg.gated_linear_cross_entropy`; such a call is not counted.
+            ValueError: see :func:`agg.gated_linear_cross_entropy`; without :meth:`begin_step` such a call is not
+                counted.
+            IndexError: a target outside the vocabulary that was not counted, as in ``eval()``.
             ValueError, FloatingPointError: see :meth:`current_gates`.
-            RuntimeError: :meth:`begin_step` was called for some steps and not for others.
         """
         gates = outside = None
         hidden, weight = as_under_autocast(hidden, weight)  # once, as both are looked at before they are used

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from agg.linear_cross_entropy import check_options
@@ -24,6 +26,14 @@ def check_settings(shard: VocabShard, settings: Mapping[str, Any]) -> None:
     alpha, rare_fraction, window = settings["alpha"], settings["rare_fraction"], settings["window"]
     reference = settings["reference_batch_tokens"]
     shard.check_whole()
+    for kind, what, names in (
+        (numbers.Real, "a number", ("alpha", "rare_fraction", "label_smoothing", "z_loss", "soft_cap")),
+        (numbers.Integral, "a whole number", ("ignore_index", "chunk_tokens")),
+    ):
+        for name in names:
+            value = settings[name]
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}, must be {what}")
     if window not in ("sliding", "exponential"):
         raise ValueError(f"window is {window!r}, must be sliding or exponential")
     check_window_steps(settings["window_steps"])
@@ -35,8 +45,10 @@ def check_settings(shard: VocabShard, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
     if not isinstance(reference, int) or reference < 1:
         raise ValueError(f"reference_batch_tokens is {reference}, must be a whole number of at least 1")
-    for excluded in settings["excluded_ids"]:
-        if not 0 <= excluded < shard.vocab_size:
+    for excluded in _ids(settings["excluded_ids"]):
+        if not isinstance(excluded, numbers.Integral):
+            raise ValueError(f"excluded_ids has {excluded!r}, must be whole numbers")
+        if not 0 <= int(excluded) < shard.vocab_size:
             raise ValueError(f"excluded_ids has {excluded}, outside the vocabulary of {shard.vocab_size} ids")
     check_options(settings["label_smoothing"], settings["chunk_tokens"], settings["z_loss"], settings["soft_cap"])
 
@@ -47,7 +59,8 @@ def agree_on_settings(
     """Check them and compare them over both groups; a collective of all data-parallel x tensor-parallel ranks.
 
     Raises:
-        ValueError: on all of these ranks, if one was given what it cannot use, or two what does not fit together.
+        ValueError: on all of these ranks, if one was given what it cannot use, or two what does not fit together; on
+            this rank alone, it is not in the data-parallel group.
     """
     if dist.is_initialized() and data_parallel_group is None and dist.get_world_size() > shard.world_size:
         warnings.warn(
@@ -57,9 +70,10 @@ def agree_on_settings(
         )
     check_membership(data_parallel_group)
     problem = _own_problem(shard, settings)
-    excluded = sorted(set(settings["excluded_ids"]))  # too many to be shown
-    mine = {**settings, "excluded_ids": f"{len(excluded)} ids of hash {hash(tuple(excluded))}"}
-    mine |= {"rows": (shard.start, shard.stop), "vocab_size": shard.vocab_size}
+    mine = {**settings, "rows": (shard.start, shard.stop), "vocab_size": shard.vocab_size}
+    if problem is None:  # else they may be anything
+        excluded = sorted(set(_ids(settings["excluded_ids"])))  # too many to be shown
+        mine["excluded_ids"] = f"{len(excluded)} ids of hash {hash(tuple(excluded))}"
 
     everyone = _gathered((problem, mine), data_parallel_group)
     problem = _first(told for told, _ in everyone) or _difference(everyone, "data-parallel", mine.keys())
@@ -75,9 +89,13 @@ def agree_on_settings(
 def _own_problem(shard: VocabShard, settings: Mapping[str, Any]) -> str | None:
     try:
         check_settings(shard, settings)
-    except (TypeError, ValueError) as problem:  # such as of a text that is compared with a number
+    except (TypeError, ValueError) as problem:  # a TypeError of what is no sequence of ids
         return str(problem)
     return None
+
+
+def _ids(excluded: Sequence[Any] | torch.Tensor) -> list[Any]:
+    return excluded.tolist() if isinstance(excluded, torch.Tensor) else list(excluded)
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -23,7 +23,7 @@ COMPLAINTS: tuple[tuple[type[Exception], str], ...] = (
     (
         FloatingPointError,
         "the loss of the step before was not finite on {count} data-parallel ranks; hidden states or weights hold "
-        "NaN or infinity",
+        "NaN or infinity, or on a GPU a target was outside the vocabulary and not among the counted",
     ),
     (ValueError, "{count} data-parallel ranks could not take part in this step; their own messages say why"),
 )

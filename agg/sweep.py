@@ -124,7 +124,7 @@ class Sweep:
         hidden = self.hidden[chunk]
         if kernels.values_are_at_hand(chunk):  # the order ends before the ignored
             return hidden
-        return torch.where(self._valid[chunk][:, None], hidden, 0)
+        return hidden.masked_fill_(~self._valid[chunk][:, None], 0)  # a copy, as it was picked out
 
     def _chunk(self, chunk: torch.Tensor, first: int, rare_count: torch.Tensor) -> None:
         """Losses of the positions ``chunk`` [C], and their share of P in the gradients."""

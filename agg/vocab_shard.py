@@ -20,7 +20,8 @@ class VocabShard:
 
     Raises:
         ValueError: an empty range, no vocabulary, or this rank is not in the group. Whether the rows of all ranks are
-            the whole is looked at where they meet, so that all are told: :meth:`check_whole`.
+            the whole is looked at where they meet (:meth:`check_whole`), and :class:`agg.AdaptiveGradientGating`
+            tells all ranks.
     """
 
     start: int
@@ -45,13 +46,15 @@ class VocabShard:
         The padded size does not depend on ``world_size``, so weights mean the same on every layout.
 
         Raises:
-            ValueError: ``world_size`` does not divide the padded size or is not that of the group, or ``rank`` is not
-                in it.
+            ValueError: ``world_size`` does not divide the padded size, ``rank`` is not in it, or they are not those of
+                the group.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         if group is not None and dist.get_world_size(group) != world_size:
             raise ValueError(f"world_size is {world_size}, but the group has {dist.get_world_size(group)} ranks")
+        if group is not None and dist.get_rank(group) not in (rank, -1):
+            raise ValueError(f"rank is {rank}, but this is rank {dist.get_rank(group)} of the group")
         padded = padded_vocab_size(vocab_size, multiple_of)
         if padded % world_size:
             raise ValueError(

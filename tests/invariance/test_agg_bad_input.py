@@ -154,6 +154,8 @@ def settings_that_differ(rank: int, world_size: int, what: str):
         return caught(lambda: build(half, label_smoothing=0.1 * (rank // 3), data_parallel_group=across))
     if what == "a text":
         return caught(lambda: build(half, alpha="0.3" if rank == 1 else 0.3, data_parallel_group=across))
+    if what == "no ids":
+        return caught(lambda: build(half, excluded_ids=("pad", 3) if rank == 2 else (3,), data_parallel_group=across))
     if what == "alpha":
         return caught(lambda: build(half, alpha=0.3 + rank % 2, data_parallel_group=across))
     if what == "group of all ranks":
@@ -171,7 +173,8 @@ def settings_that_differ(rank: int, world_size: int, what: str):
         ("window", "window_steps is 2 on rank 0 of the data-parallel group and 3 on rank 3"),
         ("alpha", "alpha is 0.3 on rank 0 of the tensor-parallel group and 1.3 on rank 1"),
         ("option of one", "alpha is -1.0, must be above 0"),
-        ("a text", "'>' not supported between instances of 'str' and 'int'"),
+        ("a text", "alpha is '0.3', must be a number"),
+        ("no ids", "excluded_ids has 'pad', must be whole numbers"),
         ("one of four", "label_smoothing is 0.0 on rank 0 of the data-parallel group and 0.1 on rank 1"),
         ("group of all ranks", "rows is (0, 256) on rank 0 of the data-parallel group and (256, 512) on rank 1"),
     ],
@@ -221,13 +224,15 @@ def groups_of_the_wrong_size(rank: int, world_size: int):
     too_large = VocabShard(256 * (rank % 2), 256 * (rank % 2) + 256, 507, dist.group.WORLD)
     across = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
     build = functools.partial(AdaptiveGradientGating, alpha=0.3, window_steps=2, data_parallel_group=across)
+    turned = caught(lambda: VocabShard.of_rank(507, 1 - rank % 2, 2, mine))
     modules = (caught(functools.partial(build, shard)) for shard in (too_small, too_large))
-    return caught(lambda: VocabShard.of_rank(507, rank, 4, mine)), *modules
+    return caught(lambda: VocabShard.of_rank(507, rank, 4, mine)), turned, *modules
 
 
 def test_groups_of_the_wrong_size():
-    """Of four ranks too, where only two of them can see that the group is too large."""
-    for by_rank, too_small, too_large in run_ranks(groups_of_the_wrong_size, 4):
+    """All four ranks are told, although only two can see that the group is too large."""
+    for rank, (by_rank, turned, too_small, too_large) in enumerate(run_ranks(groups_of_the_wrong_size, 4)):
+        assert turned == f"ValueError: rank is {1 - rank % 2}, but this is rank {rank % 2} of the group"
         assert by_rank == "ValueError: world_size is 4, but the group has 2 ranks"
         assert "is not the even share of rank" in too_small
         assert "[0, 256) of 507 ids is not the even share of rank 2 in a group of 4" in too_large
