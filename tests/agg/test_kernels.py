@@ -166,6 +166,17 @@ def test_the_path_of_a_gpu_with_triton(with_triton, dtype, laid_out, options):
         assert error <= 1.2 * budget + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("kernel", ["gate_leading_rows_", "scale_rows_if_"])
+def test_a_kernel_that_does_nothing_would_show(with_triton, monkeypatch, kernel):
+    monkeypatch.setattr(triton_kernels, kernel, lambda *arguments: None)
+    with pytest.raises(AssertionError):
+        test_the_path_of_a_gpu_with_triton(None, torch.float32, torch.clone, {})
+    monkeypatch.setattr(kernels, kernel, lambda *arguments: None)
+    monkeypatch.setattr(kernels, "_triton_for", lambda tensor: None)
+    with pytest.raises(AssertionError):
+        test_the_path_of_a_gpu_equals_the_papers_formula(None, "mean", 0.3)
+
+
 def test_products_of_bfloat16_are_summed_in_float32(with_triton, monkeypatch):
     """On a GPU and on the CPU alike; a sum in bfloat16 would lose all but the first of these."""
     left, right = torch.full((3, 1), 2**-9).bfloat16(), torch.ones(1, 2).bfloat16()
