@@ -27,7 +27,7 @@ def caught(function) -> str:
     return "no error"
 
 
-def nan_on_one_rank(rank: int, world_size: int):
+def nan_on_one_rank(rank: int, world_size: int, explicit: bool):
     problem = make_problem()
     module = AdaptiveGradientGating(
         problem.shard(0, 1), alpha=0.3, window_steps=2, data_parallel_group=dist.group.WORLD
@@ -35,12 +35,18 @@ def nan_on_one_rank(rank: int, world_size: int):
     hidden = problem.hidden.clone()
     if rank == 1:
         hidden[5, 3] = torch.nan
-    loss = module(hidden, problem.weight, problem.target)
-    return bool(torch.isfinite(loss)), caught(lambda: module(problem.hidden, problem.weight, problem.target))
+
+    def step(hidden):
+        if explicit:
+            module.begin_step(problem.target)
+        return module(hidden, problem.weight, problem.target)
+
+    return bool(torch.isfinite(step(hidden))), caught(lambda: step(problem.hidden))
 
 
-def test_nan_hidden_states():
-    for rank, (finite, error) in enumerate(run_ranks(nan_on_one_rank, 4)):
+@pytest.mark.parametrize("explicit", [True, False])
+def test_nan_hidden_states(explicit):
+    for rank, (finite, error) in enumerate(run_ranks(nan_on_one_rank, 4, explicit)):
         assert finite == (rank != 1)  # as torch's own loss tells
         assert error.startswith("FloatingPointError: the loss of the step before was not finite on 1 data-parallel")
 
