@@ -177,6 +177,22 @@ def test_a_kernel_that_does_nothing_would_show(with_triton, monkeypatch, kernel)
         test_the_path_of_a_gpu_equals_the_papers_formula(None, "mean", 0.3)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, "p"])
+def test_a_softmax_that_is_off_would_show(with_triton, monkeypatch, place):
+    """By a hundredth of a per mille, in what it returns or in what it writes."""
+    softmax_rows_ = triton_kernels.softmax_rows_
+
+    def off(logits, target):
+        returned = list(softmax_rows_(logits, target))
+        (logits if place == "p" else returned[place]).mul_(1 + 1e-5)
+        return tuple(returned)
+
+    test_triton_softmax_equals_torchs(None, torch.float32, 517)
+    monkeypatch.setattr(triton_kernels, "softmax_rows_", off)
+    with pytest.raises(AssertionError):
+        test_triton_softmax_equals_torchs(None, torch.float32, 517)
+
+
 def test_products_of_bfloat16_are_summed_in_float32(with_triton, monkeypatch):
     """On a GPU and on the CPU alike; a sum in bfloat16 would lose all but the first of these."""
     left, right = torch.full((3, 1), 2**-9).bfloat16(), torch.ones(1, 2).bfloat16()

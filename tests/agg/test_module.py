@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agg import AdaptiveGradientGating, TokenFrequency, gated_linear_cross_entropy, rarity_gates
 from tests.agg.problems import make_problem
-from tests.distributed import run_ranks
 
 
 def build(problem, **options):
@@ -40,38 +38,6 @@ def test_counts_then_gates_then_loss():
         loss_of(problem.hidden, weight, problem.target).backward()
         grads.append(weight.grad)
     assert torch.equal(*grads)
-
-
-def compiled_and_plain(rank, world_size):
-    """Losses, weight and counts of a compiled model and of a plain one after three steps on a rank's tokens."""
-    problem, group = make_problem(), dist.group.WORLD if world_size > 1 else None
-    answers = []
-    for compiled in (False, True):
-        module, weight = build(problem, data_parallel_group=group), problem.weight.clone().requires_grad_()
-
-        def loss_of(hidden, weight, target, module=module):
-            return module(hidden.tanh(), weight, target)
-
-        call = torch.compile(loss_of, backend="aot_eager") if compiled else loss_of
-        optimizer, losses = torch.optim.SGD([weight], lr=0.5), []
-        for step in range(3):
-            target = torch.where(problem.target >= 0, (problem.target + 7 * step) % 507, problem.target)
-            losses.append(call(problem.hidden.chunk(world_size)[rank], weight, target.chunk(world_size)[rank]))
-            losses[-1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        answers.append((torch.stack(losses).detach(), weight.detach(), module.frequency.appearances))
-    assert answers[0][2].sum() == 3 * (problem.target >= 0).sum()
-    return answers
-
-
-# In ranks of their own also for one: what a compiler leaves in a process, fake tensors for one, other tests would meet.
-@pytest.mark.parametrize("data_parallel", [1, 2])
-def test_a_compiled_model_trains_the_same(data_parallel):
-    """Dynamo and AOTAutograd see the counts, the gates and the loss; inductor would need a compiler."""
-    for plain, compiled in run_ranks(compiled_and_plain, data_parallel):
-        for one, other in zip(plain, compiled, strict=True):
-            assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_rare_fraction_and_a_fading_window():

@@ -6,6 +6,7 @@ See :mod:`tests.agg.test_mutants` for those of the loss on fixed gates.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import agg.sweep
-from agg import DecayedTokenFrequency, TokenFrequency, VocabShard, alpha_of_rare_fraction
+from agg import DecayedTokenFrequency, LossProbe, TokenFrequency, VocabShard, alpha_of_rare_fraction
 from agg.step_counts import StepCounts
 from agg.sweep import Sweep
 from tests.agg import (
@@ -23,6 +24,7 @@ from tests.agg import (
     test_gating,
     test_linear_cross_entropy,
     test_logit_options,
+    test_probe,
 )
 from tests.invariance import (
     test_agg_counts,
@@ -38,6 +40,8 @@ sweep_run = Sweep.run
 row_factors = agg.sweep.row_factors
 softmax_over_shards_ = agg.sweep.softmax_over_shards_
 soft_cap_ = agg.sweep.soft_cap_
+add_pushes = LossProbe.add_pushes
+gated_share = LossProbe.gated_share
 
 
 def window_off_by(more: int):
@@ -121,6 +125,25 @@ def zeroed_hidden_grad(self):
     return sums
 
 
+def probe_with(name: str, change):
+    """What a probe is told of a chunk, with one thing changed."""
+
+    def add(self, *arguments):
+        told = inspect.signature(add_pushes).bind(self, *arguments)
+        told.arguments[name] = change(told.arguments[name])
+        add_pushes(*told.args)
+
+    return add
+
+
+def gates_swapped(columns):
+    return columns[:, [0, 2, 1]]
+
+
+def share_of_this_rank(self, shard, data_parallel_group):
+    return gated_share(self, VocabShard(0, len(shard), len(shard)), data_parallel_group)
+
+
 counts_over_k_steps = partial(test_frequency.test_counts_the_last_k_steps, 3)
 fades = test_frequency.test_exponential_window_fades
 undoes = test_frequency.test_undo_takes_back_exactly_one_step
@@ -150,6 +173,10 @@ penalised_on_ranks = partial(test_logit_options.test_split_vocabulary, 2, {"z_lo
 capped = partial(test_logit_options.test_equals_autograd, {"soft_cap": 2.0}, True, "sum", 7)
 capped_fp32 = partial(test_logit_options.test_error_within_that_of_dense_logits, torch.float32, {"soft_cap": 30.0})
 capped_on_ranks = partial(test_logit_options.test_split_vocabulary, 2, {"soft_cap": 2.0})
+probed, probed_on_ranks = (
+    partial(test_probe.test_equals_the_dense_gradient_on_every_layout, ranks, 128) for ranks in (1, 2)
+)
+probed_as_on_a_gpu = test_probe.test_where_ignored_positions_stay_in_their_chunks
 any_gates = test_any_gates.test_all_values_of_both_gates
 any_gates_fp32 = partial(test_any_gates.test_any_gates_in_other_dtypes, torch.float32)
 
@@ -210,6 +237,12 @@ MUTANTS = {
         f"no slope of the cap, {name}": (agg.sweep, "soft_cap_", no_slope, test)
         for name, test in {"fp64": capped, "fp32": capped_fp32, "ranks": capped_on_ranks}.items()
     },
+    "probe counts the pull of targets": (LossProbe, "add_pushes", probe_with("own_p", torch.zeros_like), probed),
+    "probe takes g1 for g2": (LossProbe, "add_pushes", probe_with("columns", gates_swapped), probed),
+    "no target is rare to the probe": (LossProbe, "add_pushes", probe_with("is_rare", torch.zeros_like), probed),
+    "probe forgets other shards": (LossProbe, "add_pushes", probe_with("factor", torch.ones_like), probed_on_ranks),
+    "probe of this rank alone": (LossProbe, "gated_share", share_of_this_rank, probed_on_ranks),
+    "probe sees ignored": (LossProbe, "add_pushes", probe_with("valid", torch.ones_like), probed_as_on_a_gpu),
     "zeroed dH": (Sweep, "run", zeroed_hidden_grad, formula),
     "zeroed dH, ranks": (Sweep, "run", zeroed_hidden_grad, split_formula),
 }

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from agg import LossProbe, VocabShard, gated_linear_cross_entropy
+from agg import LossProbe, VocabShard, gated_linear_cross_entropy, kernels
 from tests.agg.problems import Problem, make_problem
 from tests.distributed import run_ranks
 
@@ -69,6 +69,16 @@ def test_equals_the_dense_gradient_on_every_layout(world_size: int, multiple_of:
     assert 0.01 < of_all < 0.5 and 0.05 < of_rare < 0.95
     for found in run_ranks(share_of_rank, world_size, multiple_of):
         assert found == pytest.approx((of_all, of_rare), rel=1e-12)
+
+
+def test_where_ignored_positions_stay_in_their_chunks() -> None:
+    """As on a GPU; what is there may be NaN."""
+    problem = make_problem(ignored=0.3)
+    expected = dense_share(problem)
+    problem.hidden[problem.target == -100] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "values_are_at_hand", lambda tensor: False)
+        assert share(problem, problem.shard(0, 1)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 0.1}])
