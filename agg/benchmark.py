@@ -1,9 +1,9 @@
 """``python -m agg.benchmark``: what gating costs, against the plain loss, three bare matmuls, and peers.
 
-All sides run in turn in every round of one process, so a ratio is taken within a round, and its median, quartiles and
-confidence interval over rounds; absolute times of a shared machine mean little. Gradients are compared before anything
-is timed. A side of another library that computes something else is timed and marked; one of ours ends the run. The
-figures are saved as JSON after each size, whole or not at all.
+All sides run in every round of one process, in an order drawn anew, so a ratio is taken within a round, and its median,
+quartiles and confidence interval over rounds; absolute times of a shared machine mean little. Gradients are compared
+before anything is timed. A side of another library that computes something else is timed and marked; one of ours ends
+the run. The figures are saved as JSON after each size, whole or not at all.
 
     python -m agg.benchmark                                   # a few sizes
     python -m agg.benchmark --grid --limit-seconds 600        # all sizes that this machine has memory and time for
@@ -79,7 +79,7 @@ def benchmark(
         sides = {name: side for name, side in sides.items() if checks[name].differences}
         memory = {name: peak_extra_bytes(case, partial(run_side, case, side)) for name, side in sides.items()}
         memory["three matmuls"] = peak_extra_bytes(case, lambda: bare_matmuls(case)())
-        seconds = time_interleaved(case, sides, rounds, counting_calls(case))
+        seconds = time_interleaved(case, sides, rounds, memory, counting_calls(case))
     result["sides"] = {name: _figures(seconds, name, memory, checks.get(name)) for name in seconds}
     return result
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ CONFIDENCE = 0.95
 
 def peak_extra_bytes(case: Case, call: Callable[[], Any]) -> int | None:
     """Peak memory of a call beyond inputs and the two gradients it makes; None where it can't be told."""
-    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (case.hidden, case.weight))
+    gradients = _gradient_bytes(case)
     gc.collect()
     if case.hidden.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -40,23 +41,36 @@ def peak_extra_bytes(case: Case, call: Callable[[], Any]) -> int | None:
     return max(0, _status_bytes("VmHWM") - before - gradients)
 
 
+def _gradient_bytes(case: Case) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (case.hidden, case.weight))
+
+
 def _status_bytes(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
 
 
 def time_interleaved(
-    case: Case, sides: dict[str, Side], rounds: int, others: dict[str, Callable[[], Any]] | None = None
+    case: Case,
+    sides: dict[str, Side],
+    rounds: int,
+    memory: Mapping[str, int | None],
+    others: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every side, of the bare matmuls and of ``others`` in every round. One round warms up.
 
-    The order turns from round to round.
+    The order is drawn anew for each round, the same on all ranks: in a fixed one each side would always inherit what
+    the same other side leaves behind.
+
+    Args:
+        memory: what :func:`peak_extra_bytes` found.
     """
     calls: dict[str, Callable[[], Any]] = {name: partial(run_side, case, side) for name, side in sides.items()}
     calls |= {"three matmuls": bare_matmuls(case), **(others or {})}
     names, seconds = list(calls), {name: list[float]() for name in calls}
     for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in random.Random(number).sample(names, len(names)):
+            _touch_free_memory(case, memory.get(name) if name in sides else None)
             if case.shard.world_size > 1:
                 dist.barrier(group=case.shard.group)
             synchronize(case)
@@ -66,6 +80,16 @@ def time_interleaved(
             if number:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def _touch_free_memory(case: Case, extra_bytes: int | None) -> None:
+    """So that a call finds what it will need in one state, whatever ran before.
+
+    A virtual machine may give memory that lies free for seconds back to its host, from where it comes slowly: after 9 s
+    of matmuls that allocate nothing, a call that took 512 MiB anew was seen to take 6 % longer.
+    """
+    if extra_bytes is not None and case.hidden.device.type == "cpu":
+        torch.empty(extra_bytes + _gradient_bytes(case), dtype=torch.uint8).fill_(1)
 
 
 def ratio(seconds: dict[str, list[float]], name: str, base: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import agg.benchmark as benchmark
 from agg import VocabShard, benchmark_checks, benchmark_limits, benchmark_report, reference_gated_cross_entropy
 from agg.benchmark_counting import counting_calls
-from agg.benchmark_measure import median_interval
+from agg.benchmark_measure import median_interval, time_interleaved
 from agg.benchmark_sides import OURS
 from tests.distributed import run_ranks
 
@@ -138,6 +139,22 @@ def test_other_libraries_may_fail(capsys, tmp_path, monkeypatch):
     assert "off (!)" in text and f"(!) off: {result['sides']['off']['failed']}" in text
     assert result["not_timed"]["broken"] == "IndexError: list index out of range" and "broken" not in result["sides"]
     assert "not timed: broken: IndexError" in text
+
+
+def test_no_side_always_follows_the_same_other():
+    case, order = whole(), []
+
+    def side(name):
+        def loss_of(hidden, weight):
+            order.append(name)
+            return hidden.sum() + weight.sum()
+
+        return loss_of
+
+    time_interleaved(case, {name: side(name) for name in "abc"}, 12, {})
+    assert set(zip(order, order[1:], strict=False)) >= set(itertools.permutations("abc", 2))
+    for begin in range(0, len(order), 3):
+        assert sorted(order[begin : begin + 3]) == ["a", "b", "c"]
 
 
 def test_counting_leaves_the_window_full():
