@@ -141,8 +141,9 @@ def test_other_libraries_may_fail(capsys, tmp_path, monkeypatch):
     assert "not timed: broken: IndexError" in text
 
 
-def test_no_side_always_follows_the_same_other():
-    case, order = whole(), []
+def test_no_side_always_follows_the_same_other(monkeypatch):
+    """And each finds the memory that it will need touched."""
+    case, order, touched = whole(), [], []
 
     def side(name):
         def loss_of(hidden, weight):
@@ -151,7 +152,18 @@ def test_no_side_always_follows_the_same_other():
 
         return loss_of
 
-    time_interleaved(case, {name: side(name) for name in "abc"}, 12, {})
+    empty = torch.empty
+
+    def seen(*size, **options):
+        if options.get("dtype") == torch.uint8:
+            touched.append((len(order), size[0]))
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", seen)
+    memory = {"a": 1000, "b": 2000, "c": None, "three matmuls": 5000}  # these allocate nothing, and take no memory then
+    time_interleaved(case, {name: side(name) for name in "abc"}, 12, memory)
+    gradients = 4 * SIZE[1] * (SIZE[0] + SIZE[2])
+    assert touched == [(i, gradients + memory[name]) for i, name in enumerate(order) if memory[name]]
     assert set(itertools.pairwise(order)) >= set(itertools.permutations("abc", 2))
     for begin in range(0, len(order), 3):
         assert sorted(order[begin : begin + 3]) == ["a", "b", "c"]
