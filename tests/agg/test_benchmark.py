@@ -164,9 +164,10 @@ def test_no_side_always_follows_the_same_other(monkeypatch):
     time_interleaved(case, {name: side(name) for name in "abc"}, 12, memory)
     gradients = 4 * SIZE[1] * (SIZE[0] + SIZE[2])
     assert touched == [(i, gradients + memory[name]) for i, name in enumerate(order) if memory[name]]
-    assert set(itertools.pairwise(order)) >= set(itertools.permutations("abc", 2))
-    for begin in range(0, len(order), 3):
-        assert sorted(order[begin : begin + 3]) == ["a", "b", "c"]
+    rounds = [order[begin : begin + 3] for begin in range(0, len(order), 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    follows = {pair for names in rounds for pair in itertools.pairwise(names)}
+    assert follows == set(itertools.permutations("abc", 2))
 
 
 def test_counting_leaves_the_window_full():
