@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m agg.benchmark", description="What gating costs.")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--sizes", nargs="+", type=_size, metavar="VxDxT", help="e.g. 50257x256x8192")
+    which.add_argument("--sizes", nargs="+", type=limits.size_of, metavar="VxDxT", help="e.g. 50257x256x8192")
     which.add_argument(
         "--grid", action="store_true", help="V 32k 50k 128k x D 256 1024 4096 x T 2k 8k, small ones first"
     )
@@ -160,11 +160,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     options.sizes = options.sizes or (limits.grid_sizes() if options.grid else limits.default_sizes(options.device))
     return options
-
-
-def _size(text: str) -> Size:
-    vocab_size, hidden_size, tokens = (int(part) for part in text.lower().split("x"))
-    return vocab_size, hidden_size, tokens
 
 
 def _one_size(degree: int, size: Size, options: argparse.Namespace) -> Result:

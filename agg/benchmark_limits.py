@@ -5,6 +5,7 @@ Letters: V vocabulary, V_local rows of this rank's shard, D hidden size, T token
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import time
@@ -29,6 +30,15 @@ LOGITS_COPIES = {
     "paper's form": 6,
 }
 MEAN_SIDE = 2.5  # calls of three matmuls that a side takes, the mean of those measured on a CPU at D 256
+
+
+def size_of(text: str) -> Size:
+    """A size given to a command, as ``50257x256x8192``."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size VxDxT, such as 50257x256x8192")
+    vocab_size, hidden_size, tokens = (int(part) for part in parts)
+    return vocab_size, hidden_size, tokens
 
 
 def default_sizes(device: str) -> list[Size]:

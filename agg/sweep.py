@@ -174,13 +174,18 @@ class Sweep:
         assert self._weight_sum is not None
         total = self._weight_sum[: len(self.real)]
         if self._factors is not None:
-            between = self._factors[0][: len(self.real)]
-            rare_here = rare_count - first
-            is_turn = (rare_here > 0) & (rare_here <= len(local_p))
-            kernels.gate_leading_rows_(local_p, between, torch.where(is_turn, rare_here, 0))
-            if first:
-                kernels.scale_rows_if_(total, between, is_turn)
+            self._gate_at_turn(total, local_p, self._factors[0], first, rare_count)
         kernels.add_product_(total, local_p.T, scaled, anew=first == 0)
+
+    def _gate_at_turn(
+        self, total: torch.Tensor, local_p: torch.Tensor, between: torch.Tensor, first: int, rare_count: torch.Tensor
+    ) -> None:
+        """In the chunk where the positions with rare targets end, gate what they have added and what they will add."""
+        between, rare_here = between[: len(total)], rare_count - first
+        is_turn = (rare_here > 0) & (rare_here <= len(local_p))
+        kernels.gate_leading_rows_(local_p, between, torch.where(is_turn, rare_here, 0))
+        if first:
+            kernels.scale_rows_if_(total, between, is_turn)
 
     def _complete_rows(self) -> torch.Tensor | None:
         """Add to dW what is not P; returns the factor [V_local] that its rows still lack, if they lack any."""
