@@ -14,6 +14,8 @@ from agg.linear_cross_entropy import check_options
 from agg.step_counts import check_membership, check_window_steps
 from agg.vocab_shard import VocabShard
 
+MAY_BE_LEFT_OUT = ("alpha", "rare_fraction", "chunk_tokens")
+
 
 def check_settings(shard: VocabShard, settings: Mapping[str, Any]) -> None:
     """
@@ -32,7 +34,7 @@ def check_settings(shard: VocabShard, settings: Mapping[str, Any]) -> None:
     ):
         for name in names:
             value = settings[name]
-            if value is not None and not isinstance(value, kind):
+            if not isinstance(value, kind) and not (value is None and name in MAY_BE_LEFT_OUT):
                 raise ValueError(f"{name} is {value!r}, must be {what}")
     if window not in ("sliding", "exponential"):
         raise ValueError(f"window is {window!r}, must be sliding or exponential")
@@ -70,9 +72,10 @@ def agree_on_settings(
         )
     check_membership(data_parallel_group)
     problem = _own_problem(shard, settings)
-    mine = {**settings, "rows": (shard.start, shard.stop), "vocab_size": shard.vocab_size}
-    if problem is None:  # else they may be anything
+    mine: dict[str, Any] = {}
+    if problem is None:  # else they may be anything, also what cannot be sent
         excluded = sorted(set(_ids(settings["excluded_ids"])))  # too many to be shown
+        mine = {**settings, "rows": (shard.start, shard.stop), "vocab_size": shard.vocab_size}
         mine["excluded_ids"] = f"{len(excluded)} ids of hash {hash(tuple(excluded))}"
 
     everyone = _gathered((problem, mine), data_parallel_group)

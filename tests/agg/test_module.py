@@ -188,6 +188,8 @@ def test_mixing_the_two_ways_of_counting_is_refused():
         ({"z_loss": -1.0}, "z_loss is -1.0"),
         ({"alpha": "0.3"}, "alpha is '0.3', must be a number"),
         ({"ignore_index": "-100"}, "ignore_index is '-100', must be a whole number"),
+        ({"ignore_index": None}, "ignore_index is None, must be a whole number"),
+        ({"z_loss": None}, "z_loss is None, must be a number"),
         ({"chunk_tokens": 2.5}, "chunk_tokens is 2.5, must be a whole number"),
         ({"excluded_ids": 3}, "not iterable"),
         ({"excluded_ids": torch.tensor([1.5])}, "excluded_ids has 1.5, must be whole numbers"),
