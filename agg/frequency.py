@@ -40,7 +40,7 @@ class TokenFrequency(StepCounts):
         leaving = self._stored().get(self._updates % self.window_steps)
         if leaving is not None:
             rows, counts = (_to_device(part, histogram.device) for part in leaving)
-            histogram.index_add_(0, rows, -counts)
+            histogram.index_add_(0, rows, counts, alpha=-1)
         return histogram
 
     def _apply(self, delta: torch.Tensor) -> None:

@@ -129,12 +129,12 @@ def gates_of_counts(
     counts = counts.double()  # of two integers torch would make a float32
     rarity = (counts / _at_least_one(tokens, counts.device)).mul_(reference_batch_tokens)
     rare_ids = (rarity < alpha) & candidates
-    rare = rare_ids[rows]
     # No rare token has occurred: then no position has a rare target either, and g2 is not used.
-    of_rare = torch.where(rare_ids, counts, 0).sum().clamp_(min=1e-300)
+    of_rare = (counts * rare_ids).sum().clamp_(min=1e-300)
     over_mean = rare_ids.sum() / of_rare
-    g1 = torch.where(rare, rarity[rows].float().clamp_(max=1), 1)
-    g2 = torch.where(rare, (counts[rows] * over_mean).float().clamp_(max=1), 1)
+    rare = rare_ids[rows]
+    both = torch.stack([rarity[rows], counts[rows] * over_mean]).float().clamp_(max=1).masked_fill_(~rare, 1)
+    g1, g2 = both.unbind()
     return Gates(rare, g1, g2, rare_ids)
 
 
