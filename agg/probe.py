@@ -65,9 +65,7 @@ class LossProbe:
         columns: torch.Tensor,
         local_p: torch.Tensor,
         factor: torch.Tensor,
-        own_p: torch.Tensor,
         losses: torch.Tensor,
-        rows: torch.Tensor,
         is_rare: torch.Tensor,
         valid: torch.Tensor,
     ) -> None:
@@ -75,16 +73,15 @@ class LossProbe:
 
         Args:
             columns: of :func:`probe_columns`.
-            local_p, factor: the plain P of this shard's rows is their product, [C, V_local] and [C].
-            own_p: P of the targets that are in this shard, 0 for others. losses: of the plain cross-entropy, so that
-                ``|E_i| = 2 - 2 P_i,y_i`` is known on all ranks.
-            rows: of the targets. is_rare: whether the target is. valid: whether it is not ignored.
+            local_p, factor: the plain P of this shard's rows is their product, [C, V_local] and [C]; 0 at targets,
+                which are exempt.
+            losses: of the plain cross-entropy, so that ``|E_i| = 2 - 2 P_i,y_i`` is known on all ranks.
+            is_rare: whether the target is. valid: whether it is not ignored.
         """
         self._sums[2] += torch.where(valid, -2 * torch.expm1(-losses), 0).sum(dtype=torch.float64)
         if not len(columns):  # nothing but padding here
             return
-        pushes = (local_p @ columns).to(own_p.dtype) * factor[:, None]
-        pushes -= own_p[:, None] * columns[rows].to(own_p.dtype)  # a target's own entry is exempt
+        pushes = (local_p @ columns).to(losses.dtype) * factor[:, None]
         gated = torch.where(is_rare, pushes[:, 2], pushes[:, 1])
         both = torch.stack([gated, pushes[:, 0]])
         self._sums[:2] += torch.where(valid, both, 0).sum(1, dtype=torch.float64)

@@ -16,6 +16,8 @@ from agg.gradient_sums import GradientSums
 from agg.probe import LossProbe, probe_columns
 from agg.vocab_shard import VocabShard
 
+TINY = 2.0**-60  # for a factor of rows that will be divided by
+
 
 @dataclass(frozen=True)
 class Job:
@@ -74,10 +76,10 @@ class Sweep:
         self.sum_dtype = sum_dtype(hidden.dtype)
         self.losses = torch.zeros(hidden.shape[0], dtype=self.sum_dtype, device=hidden.device)
         self._valid = job.valid()
-        self._rows, self._here = job.shard.to_local(job.target)
+        self._rows, self._here = job.shard.to_local(torch.where(self._valid, job.target, -1))
         self._is_rare = job.target_is_rare()
         self._order = self._in_order()
-        self._own_p = torch.zeros_like(self.losses)  # what _add_p adds at each target; 0 where held elsewhere
+        self._own_p = torch.zeros_like(self.losses)  # P of the targets, times its slope; 0 where held elsewhere
         self._own_slope: torch.Tensor | None = torch.ones_like(self.losses) if job.soft_cap else None
         self._hidden_sum: torch.Tensor | None = None
         if needs_hidden:
@@ -132,14 +134,14 @@ class Sweep:
         hidden, here = self._hidden_of(chunk), self._here[chunk]  # [C, D], [C]
         logits = torch.mm(hidden, self.real.T, out=self._logits[: len(chunk)])
         slope = soft_cap_(logits, self.job.soft_cap) if self.job.soft_cap else None
-        local_p, log_norm, factor, own_logit = softmax_over_shards_(
+        local_p, log_norm, factor, own_logit, own_p = softmax_over_shards_(
             logits, self._rows[chunk], here, self.job.shard, self.sum_dtype
         )
         losses = log_norm - own_logit
-        own_p = torch.where(here, (-losses).exp(), 0)
+        take_out_targets_(local_p, self._rows[chunk], here)
         if self._probe_columns is not None and self.job.probe is not None:
-            of_chunk = (self._rows[chunk], self._is_rare[chunk], self._valid[chunk])
-            self.job.probe.add_pushes(self._probe_columns, local_p, factor, own_p, losses, *of_chunk)
+            of_chunk = (self._is_rare[chunk], self._valid[chunk])
+            self.job.probe.add_pushes(self._probe_columns, local_p, factor, losses, *of_chunk)
         if self.job.z_loss:  # d(z_loss log_norm^2)/d(logit) = 2 z_loss log_norm P
             more = 1 + 2 * self.job.z_loss * log_norm
             factor, own_p = factor * more, own_p * more
@@ -158,10 +160,8 @@ class Sweep:
         p_scale = (scale * factor)[:, None]  # what the other ranks add to the norm is a factor of rows
         if self._hidden_sum is not None:
             part = (local_p @ self.real).to(self.sum_dtype).mul_(p_scale)
-            own = (1 - eps) * scale * here
-            if self._own_slope is not None:
-                own *= self._own_slope[chunk]
-            part -= self.real[self._rows[chunk]].to(self.sum_dtype) * own[:, None]
+            own = (self._minus_own_target(chunk) + own_p) * scale * here
+            part += self.real[self._rows[chunk]].to(self.sum_dtype) * own[:, None]
             if self._row_sum is not None:
                 part -= self._smoothing_per_id * scale[:, None] * self._row_sum
             self._hidden_sum[chunk] = part
@@ -191,16 +191,20 @@ class Sweep:
         """Add to dW what is not P; returns the factor [V_local] that its rows still lack, if they lack any."""
         assert self._weight_sum is not None
         self._add_smoothing()
-        factor = None
+        factor = own_factor = None
         if self._factors is not None:
             after = self._factors[1]
-            # No gate holds what is added at a target: its row gets its factor before. Row 0 may be among them.
-            of_targets = torch.zeros_like(after, dtype=torch.bool).index_fill_(0, self._rows, True)
-            always = torch.ones((), dtype=torch.bool, device=after.device)
-            kernels.scale_rows_if_(self._weight_sum, torch.where(of_targets, after, 1), always)
-            factor = torch.where(of_targets, 1, after)
-        self._add_target_entries()
+            # No gate holds the entry of a target: it is divided by what its row gets, which may not be 0 then.
+            own_factor = after[self._rows].clamp_(min=TINY)
+            place = torch.where(self._here, self._rows, len(after))
+            factor = torch.cat([after, after.new_ones(1)]).index_put_((place,), own_factor)[:-1]
+        self._add_target_entries(own_factor)
         return factor
+
+    def _minus_own_target(self, positions: torch.Tensor | slice) -> float | torch.Tensor:
+        """``- (1 - eps)``, times the slope of each target's logit where logits are capped."""
+        alone = self.job.label_smoothing - 1
+        return alone if self._own_slope is None else alone * self._own_slope[positions]
 
     def _add_smoothing(self) -> None:
         """The part of ``-Y'`` that is the same for all ids, gated like P."""
@@ -217,15 +221,15 @@ class Sweep:
         for factor, of_class in zip((open_, between), sums, strict=True):
             self._weight_sum[: len(self.real)].addr_(factor, of_class, alpha=-self._smoothing_per_id)
 
-    def _add_target_entries(self) -> None:
-        """``- Y``, and what the gate took from the target's own entry of P, which is exempt."""
+    def _add_target_entries(self, own_factor: torch.Tensor | None) -> None:
+        """``P - Y`` of the targets, which no gate holds, over ``own_factor`` [T] that their rows will get."""
         assert self._weight_sum is not None and self.row_scale is not None
-        coefficient = torch.full_like(self._own_p, self.job.label_smoothing - 1)
-        if self._own_slope is not None:
-            coefficient *= self._own_slope
-        if self.job.gates is not None:
+        coefficient = self._own_p + self._minus_own_target(slice(None))
+        if self.job.gates is not None and self._smoothing_per_id:  # what the gate took from it
             gate = torch.where(self._is_rare, self.job.gates.g2[self._rows], self.job.gates.g1[self._rows])
-            coefficient += (1 - gate.to(self.sum_dtype)) * (self._own_p - self._smoothing_per_id)
+            coefficient -= (1 - gate.to(self.sum_dtype)) * self._smoothing_per_id
+        if own_factor is not None:
+            coefficient /= own_factor
         coefficient *= self.row_scale * self._here
         for chunk in self._order.split(self.job.chunk_tokens):
             entries = self._hidden_of(chunk).to(self.sum_dtype) * coefficient[chunk][:, None]
@@ -239,13 +243,12 @@ def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     ``g2 A_r + g1 A_c = after * (between * A_r + A_c)``: one buffer holds the sums of both.
 
     Returns:
-        between, after: [V_local], float32 at least. Where g1 is 0 and g2 is not, ``after`` is tiny instead of 0;
-        ``between`` then still fits ``dtype``.
+        between, after: [V_local], float32 at least. Where g2 is not 0, ``after`` is at least 2^-60, in float16 2^-14 so
+        that ``between`` fits: a smaller g1 counts as that much.
     """
     g1, g2 = (gate.to(sum_dtype(dtype)) for gate in (gates.g1, gates.g2))
-    tiny = 2.0**-14 if dtype == torch.float16 else 2.0**-60
-    after = torch.where(g2 > 0, g1.clamp(min=tiny), g1)
-    return torch.where(after > 0, g2 / after, 1.0), after
+    after = torch.where(g2 > 0, g1.clamp(min=2.0**-14 if dtype == torch.float16 else TINY), g1)
+    return g2 / after.clamp(min=TINY), after
 
 
 def soft_cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -258,7 +261,7 @@ def soft_cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 def softmax_over_shards_(
     logits: torch.Tensor, rows: torch.Tensor, here: torch.Tensor, shard: VocabShard, sum_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Softmax over a split vocabulary with one collective.
 
     Args:
@@ -266,17 +269,25 @@ def softmax_over_shards_(
 
     Returns:
         The softmax over this rank's rows alone, of which P is ``factor`` times; the log of the whole norm [C];
-        factor [C]; the target's logit [C].
+        factor [C]; the target's logit [C]; P of the targets that are here, else 0 [C], before it is rounded.
     """
     local_p, largest, total, own = kernels.softmax_rows_(logits, rows, sum_dtype)
     own = torch.where(here, own, 0)
+    own_p = torch.where(here, (own - largest).exp() / total, 0)
     if shard.world_size == 1:
-        return local_p, largest + total.log(), torch.ones_like(own), own
+        return local_p, largest + total.log(), torch.ones_like(own), own, own_p
     of_ranks = shard.all_gather(torch.stack([largest, total, own]))
     largest_of_all = of_ranks[:, 0].amax(0)
     norm = (of_ranks[:, 1] * (of_ranks[:, 0] - largest_of_all).exp()).sum(0)
     factor = total * (largest - largest_of_all).exp() / norm
-    return local_p, largest_of_all + norm.log(), factor, of_ranks[:, 2].sum(0)
+    return local_p, largest_of_all + norm.log(), factor, of_ranks[:, 2].sum(0), own_p * factor
+
+
+def take_out_targets_(local_p: torch.Tensor, rows: torch.Tensor, here: torch.Tensor) -> None:
+    """0 at the targets: rounded to 16 bits, a P near 1 would leave nothing of ``P - 1``, which is added apart."""
+    if local_p.shape[1]:
+        place = rows[:, None]
+        local_p.scatter_(1, place, local_p.gather(1, place).masked_fill_(here[:, None], 0))
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -81,4 +81,6 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 def weigh(loss: torch.Tensor) -> torch.Tensor:
     """A scalar whose gradient differs by position, for losses of reduction none."""
-    return loss if loss.dim() == 0 else (loss * torch.linspace(-1, 2, len(loss), dtype=loss.dtype)).sum()
+    if loss.dim() == 0:
+        return loss
+    return (loss * torch.linspace(-1, 2, len(loss), dtype=loss.dtype, device=loss.device)).sum()

@@ -121,8 +121,11 @@ def test_hidden_states_of_ignored_positions_may_hold_anything(monkeypatch, bad, 
     assert_equal(candidate(problem, chunk_tokens=7, **options), clean, 0.0)
 
 
-@pytest.mark.parametrize("ignore_index", [-1, 3, 10**6])
-def test_any_id_may_be_the_one_to_ignore(ignore_index):
+@pytest.mark.parametrize("ignore_index", [-1, 3, 510, 10**6])
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_any_id_may_be_the_one_to_ignore(monkeypatch, ignore_index, at_hand):
+    """Also the row of one that only pads, which has no logit; also on the path of a GPU."""
+    monkeypatch.setattr(kernels, "values_are_at_hand", lambda tensor: at_hand)
     problem = make_problem()
     expected = dense_answer(dataclasses.replace(problem, target=problem.target.masked_fill(problem.target == 3, -100)))
     given = torch.where((problem.target == -100) | (problem.target == 3), ignore_index, problem.target)

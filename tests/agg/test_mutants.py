@@ -76,14 +76,19 @@ def swapped_gates(gates, dtype):
     return row_factors(Gates(gates.rare, gates.g2, gates.g1), dtype)
 
 
-def no_exemption(sweep):
-    sweep._own_p = torch.zeros_like(sweep._own_p) + sweep._smoothing_per_id
-    add_target_entries(sweep)
+def no_exemption(sweep, own_factor):
+    gates = sweep.job.gates
+    sweep._own_p *= torch.where(sweep._is_rare, gates.g2[sweep._rows], gates.g1[sweep._rows])
+    add_target_entries(sweep, own_factor)
+
+
+def gated_target_entry(sweep, own_factor):
+    add_target_entries(sweep, torch.ones_like(own_factor))
 
 
 def unnormalised(*arguments):
-    p, log_norm, factor, own = softmax_over_shards(*arguments)
-    return p, log_norm, factor * 1.01, own
+    p, log_norm, factor, own, own_p = softmax_over_shards(*arguments)
+    return p, log_norm, factor * 1.01, own, own_p
 
 
 MUTANTS = {
@@ -95,7 +100,9 @@ MUTANTS = {
     "g1 for both classes": (module, "row_factors", g1_for_both, "dW"),
     "g1 and g2 swapped": (module, "row_factors", swapped_gates, "dW"),
     "target not exempt": (module.Sweep, "_add_target_entries", no_exemption, "dW"),
-    "no target entry": (module.Sweep, "_add_target_entries", lambda self: None, "dW"),
+    "no target entry": (module.Sweep, "_add_target_entries", lambda *_: None, "dW"),
+    "target entry not divided by its row's factor": (module.Sweep, "_add_target_entries", gated_target_entry, "dW"),
+    "targets counted twice": (module, "take_out_targets_", lambda *_: None, "dW"),
     "no target is rare": (module.Job, "target_is_rare", lambda self: torch.zeros_like(self.target).bool(), "dW"),
     "every target is rare": (module.Job, "target_is_rare", module.Job.valid, "dW"),
     "chunk of the turn not gated": (module.kernels, "gate_leading_rows_", lambda *_: None, "dW"),

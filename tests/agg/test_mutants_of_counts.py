@@ -106,8 +106,8 @@ def no_factors_on_ranks(gates, dtype):
 
 
 def a_tenth_more_loss(*arguments):
-    p, log_norm, factor, own = softmax_over_shards_(*arguments)
-    return p, 1.1 * log_norm, factor, own
+    p, log_norm, *rest = softmax_over_shards_(*arguments)
+    return p, 1.1 * log_norm, *rest
 
 
 def no_z_loss(self):
@@ -237,7 +237,7 @@ MUTANTS = {
         f"no slope of the cap, {name}": (agg.sweep, "soft_cap_", no_slope, test)
         for name, test in {"fp64": capped, "fp32": capped_fp32, "ranks": capped_on_ranks}.items()
     },
-    "probe counts the pull of targets": (LossProbe, "add_pushes", probe_with("own_p", torch.zeros_like), probed),
+    "probe counts the pull of targets": (agg.sweep, "take_out_targets_", lambda *_: None, probed),
     "probe takes g1 for g2": (LossProbe, "add_pushes", probe_with("columns", gates_swapped), probed),
     "no target is rare to the probe": (LossProbe, "add_pushes", probe_with("is_rare", torch.zeros_like), probed),
     "probe forgets other shards": (LossProbe, "add_pushes", probe_with("factor", torch.ones_like), probed_on_ranks),

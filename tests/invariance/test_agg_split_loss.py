@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
-from agg import VocabShard, gated_linear_cross_entropy
+from agg import Gates, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import dense_answer, make_problem, transposed, weigh
 from tests.distributed import run_ranks
 
@@ -113,3 +114,76 @@ def rank_that_only_pads(rank: int, world_size: int):
     loss = gated_linear_cross_entropy(hidden, weight, problem.target, local, shard)
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
+
+
+FIRST_IDS = torch.arange(0, 512, 128)  # of the shards of four ranks
+
+
+def closed_problem():
+    """All ids but the targets are rare and closed, ``FIRST_IDS`` among them."""
+    problem = make_problem()
+    target = torch.where(torch.isin(problem.target, FIRST_IDS), 3, problem.target)
+    closed = torch.ones(len(problem.weight), dtype=torch.bool)
+    closed[target[target >= 0]] = False
+    gate = torch.where(closed, 0.0, 1.0)
+    return dataclasses.replace(problem, target=target, gates=Gates(closed, gate, gate)), closed
+
+
+def gradient_of_closed_rows(rank: int, world_size: int):
+    problem, _ = closed_problem()
+    shard = problem.shard(rank, world_size, dist.group.WORLD)
+    weight, gates = problem.local(shard)
+    hidden, weight = problem.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=31).backward()
+    return weight.grad
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+def test_a_closed_gate_leaves_nothing(tensor_parallel):
+    """Exactly: an optimizer that only looks at signs would make a step of what is tiny."""
+    problem, closed = closed_problem()
+    weight_grad = torch.cat(run_ranks(gradient_of_closed_rows, tensor_parallel))
+    assert closed[FIRST_IDS].all() and (weight_grad[closed] == 0).all()
+    torch.testing.assert_close(weight_grad, dense_answer(problem)[2], rtol=0, atol=1e-12)
+
+
+def well_predicted(dtype: torch.dtype):
+    """Hidden states near the rows of their targets: a mean loss of 0.004, P of 0.996. As ``dtype`` holds them."""
+    problem = make_problem(hidden_size=64)
+    own = problem.weight[problem.target.clamp(min=0)]
+    hidden, weight = (x.to(dtype).double() for x in (own / 4 + problem.hidden / 10, problem.weight))
+    return dataclasses.replace(problem, hidden=hidden, weight=weight)
+
+
+def one_rank_of_well_predicted(rank: int, world_size: int, dtype: torch.dtype, gated: bool):
+    problem = well_predicted(dtype)
+    shard = problem.shard(rank, world_size, dist.group.WORLD)
+    weight, gates = problem.local(shard)
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (problem.hidden, weight))
+    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates if gated else None, shard)
+    loss.backward()
+    return hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_targets_that_are_well_predicted(tensor_parallel, dtype, gated):
+    """A P near 1 that is rounded to 16 bits leaves little of ``P - 1``, which is all there is to learn from.
+
+    Error budget: 1.2 times that of torch's cross-entropy in float32 on logits in ``dtype``, as norms of matrices.
+    """
+    problem = well_predicted(dtype)
+    _, *exact = dense_answer(problem, gated)
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (problem.hidden, problem.weight))
+    loss = F.cross_entropy((hidden @ weight[: problem.vocab_size].T).float(), problem.target)
+    loss.backward()
+    assert 0.002 < loss < 0.006
+    ranks = run_ranks(one_rank_of_well_predicted, tensor_parallel, dtype, gated)
+    got = ranks[0][0], torch.cat([grad for _, grad in ranks])
+    plain = dense_answer(problem, gated=False)[1:]
+    for name, one, truth, other, other_truth in zip(
+        ("dH", "dW"), got, exact, (hidden.grad, weight.grad), plain, strict=True
+    ):
+        error, budget = ((x.double() - y).norm() / y.norm() for x, y in ((one, truth), (other, other_truth)))
+        assert error <= 1.2 * budget, f"{name}: {error:.1e}, of torch's cross-entropy {budget:.1e}"
