@@ -2,8 +2,9 @@
 
 All sides run in every round of one process, in an order drawn anew, so a ratio is taken within a round, and its median,
 quartiles and confidence interval over rounds; absolute times of a shared machine mean little. Gradients are compared
-before anything is timed. A side of another library that computes something else is timed and marked; one of ours ends
-the run. The figures are saved as JSON after each size, whole or not at all.
+before anything is timed. A side of another library that computes something else is timed and marked; of a size where
+one of ours does, nothing is timed, and the exit code is 1. The figures are saved as JSON after each size, whole or not
+at all.
 
     python -m agg.benchmark                                   # a few sizes
     python -m agg.benchmark --grid --limit-seconds 600        # all sizes that this machine has memory and time for
@@ -95,6 +96,7 @@ def _empty_result(size: Size, rounds: int, dtype: torch.dtype, device: str, tens
         "threads": torch.get_num_threads(),  # of each rank
         "rounds": rounds,
         "skipped": None,  # or why nothing was measured
+        "failed": None,  # or which side of ours computes something else
         "not_timed": {},  # side: why
         "sides": {},
     }
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save(options.output, machine, results)  # after each, so that an interrupted run keeps what it has
     print(targets_table(judge(results)))
     print(f"saved in {options.output.resolve()}")
-    return 0
+    return int(any(result["failed"] for result in results))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -163,16 +165,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _one_size(degree: int, size: Size, options: argparse.Namespace) -> Result:
-    """On ``degree`` ranks; a GPU that runs out of memory after all costs this size only."""
+    """On ``degree`` ranks; a GPU that runs out of memory after all, or a wrong gradient, costs this size only."""
     given = (size, options.rounds, options.dtype, options.device)
     try:
         if degree > 1:
             return _on_ranks(degree, *given, options.sides, options.limit_seconds)
         return benchmark(*given, VocabShard(0, size[0], size[0]), options.sides, options.limit_seconds)
-    except (torch.OutOfMemoryError, ProcessRaisedException) as error:
-        if "OutOfMemoryError" not in f"{type(error)} {error}":
-            raise
-        return {**_empty_result(*given, degree), "skipped": "the GPU ran out of memory"}
+    except (torch.OutOfMemoryError, AssertionError, ProcessRaisedException) as error:
+        text = f"{type(error).__name__}: {error}"  # of a rank it holds the traceback, which ends with its error
+        if "OutOfMemoryError" in text:
+            return {**_empty_result(*given, degree), "skipped": "the GPU ran out of memory"}
+        if "AssertionError" in text:
+            return {**_empty_result(*given, degree), "failed": text.strip().splitlines()[-1]}
+        raise
 
 
 def _on_ranks(world_size: int, size: Size, *rest: Any) -> Result:

@@ -31,6 +31,8 @@ def table(result: Result) -> str:
     """One size as text: medians, ratios with their quartiles, what failed or was left out."""
     if result["skipped"]:
         return f"{title(result)}: skipped, {result['skipped']}"
+    if result["failed"]:
+        return f"{title(result)}: FAILED, {result['failed']}"
     lines = [f"{title(result)}, {result['rounds']} rounds, quartiles in brackets"]
     lines.append(f"  {'':36}{'median':>13}{'/ three matmuls':>24}{'/ ungated':>24}{'/ gated':>24}{'peak extra':>12}")
     for name, side in result["sides"].items():

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,35 +90,39 @@ def sides_of(case: Case) -> tuple[dict[str, Side], list[str]]:
         return sides, ["gated"]
     sides["torch cross_entropy"] = lambda h, w: F.cross_entropy((h @ w.T).float(), target)
     sides["paper's form"] = lambda h, w: reference_gated_cross_entropy(h, w, target, gates)
-    linear = getattr(F, "linear_cross_entropy", None)  # torch 2.13
-    if linear is not None:
-        options = torch.nn.LinearCrossEntropyOptions()
-        sides["torch linear_cross_entropy"] = lambda h, w: linear(h, w, target)
-        sides["torch linear_cross_entropy, chunked"] = lambda h, w: linear(h, w, target, options=options)
+    sides["torch linear_cross_entropy"] = lambda h, w: F.linear_cross_entropy(h, w, target)
+    sides["torch linear_cross_entropy, chunked"] = lambda h, w: F.linear_cross_entropy(
+        h, w, target, options=torch.nn.LinearCrossEntropyOptions()
+    )
     if case.hidden.device.type == "cuda":
         sides.update(_gpu_sides(target, case.hidden.dtype))
     return sides, ["gated", "paper's form"]
 
 
 def _gpu_sides(target: torch.Tensor, dtype: torch.dtype) -> dict[str, Side]:
-    """Fused losses of other libraries, where they are installed: as they come, and with exact sums."""
-    sides: dict[str, Side] = {}
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+    """Fused losses of other libraries: as they come, and with the most exact sums that they offer.
 
-        sides["Liger fused linear"] = lambda h, w: liger(h, w, target)
-        sides["Liger fused linear, float32 sums"] = lambda h, w: liger(h, w, target, accum_dtype=torch.float32)
-    except ImportError:
-        pass
-    if dtype not in (torch.float16, torch.bfloat16):
-        return sides  # Cut Cross-Entropy takes no other
-    try:
-        from cut_cross_entropy import linear_cross_entropy as cut
+    One that is not installed raises when it is called, and so is told as not timed.
+    """
 
-        sides["Cut Cross-Entropy"] = lambda h, w: cut(h, w, target)
-        sides["Cut Cross-Entropy, filter_eps=None"] = lambda h, w: cut(h, w, target, filter_eps=None)
-    except ImportError:
-        pass
+    def liger(hidden: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        loss: torch.Tensor = liger_fused_linear_cross_entropy(hidden, weight, target, **options)
+        return loss
+
+    def cut(hidden: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        loss: torch.Tensor = linear_cross_entropy(hidden, weight, target, **options)
+        return loss
+
+    sides: dict[str, Side] = {
+        "Liger fused linear": liger,
+        "Liger fused linear, float32 sums": partial(liger, accum_dtype=torch.float32),
+    }
+    if dtype in (torch.float16, torch.bfloat16):  # Cut Cross-Entropy takes no other
+        sides |= {"Cut Cross-Entropy": cut, "Cut Cross-Entropy, filter_eps=None": partial(cut, filter_eps=None)}
     return sides
 
 

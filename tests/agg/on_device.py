@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,9 @@ def answer(
 
 
 def check_loss(device: str) -> str:
-    """Error budget: of the CPU in the same dtype against the paper's form in fp64, plus 20 % and one eps."""
+    """Error budget: that of the CPU in the same dtype against the paper's form in fp64, plus 20 % and one eps (float32:
+    four). As norms of matrices: the largest error of an entry differs by more when a sum is taken in another order.
+    """
     worst = 0.0
     for vocab_size in (507, 4_096):
         problem = make_problem(tokens=400, hidden_size=64, vocab_size=vocab_size, ignored=0.2)
@@ -53,8 +56,8 @@ def check_loss(device: str) -> str:
                 mine = answer(masked, device, dtype, laid_out, **options)
                 plain = answer(problem, "cpu", dtype, torch.clone, **options)
                 for name, got, reference, truth in zip(("loss", "dH", "dW"), mine, plain, exact, strict=True):
-                    error, own = ((x.double() - truth).abs().max() / truth.abs().max() for x in (got, reference))
-                    budget = 1.2 * own + torch.finfo(dtype).eps
+                    error, own = ((x.double() - truth).norm() / truth.norm() for x in (got, reference))
+                    budget = 1.2 * own + max(torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps)
                     worst = max(worst, float(error / budget))
                     assert error <= budget, f"{name}, V {vocab_size}, {dtype}, {options}: {error:.1e} > {budget:.1e}"
     return f"errors at most {worst:.2f} of their budgets"
@@ -122,9 +125,14 @@ def main() -> int:
         print("no GPU here; the suite runs these checks on the CPU")
         return 2
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    for check in CHECKS:
-        print(f"{check.__name__}: {check('cuda')}")
-    return 0
+    failed = 0
+    for check in CHECKS:  # the others are told, whatever becomes of one
+        try:
+            print(f"{check.__name__}: {check('cuda')}", flush=True)
+        except Exception:
+            failed += 1
+            print(f"{check.__name__}: FAILED\n{traceback.format_exc()}", flush=True)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import agg.benchmark as benchmark
-from agg import VocabShard, benchmark_checks, benchmark_limits, benchmark_report, reference_gated_cross_entropy
+from agg import (
+    VocabShard,
+    benchmark_checks,
+    benchmark_limits,
+    benchmark_report,
+    benchmark_sides,
+    reference_gated_cross_entropy,
+)
 from agg.benchmark_counting import counting_calls
 from agg.benchmark_measure import median_interval, time_interleaved
 from agg.benchmark_sides import OURS
@@ -139,6 +147,33 @@ def test_other_libraries_may_fail(capsys, tmp_path, monkeypatch):
     assert "off (!)" in text and f"(!) off: {result['sides']['off']['failed']}" in text
     assert result["not_timed"]["broken"] == "IndexError: list index out of range" and "broken" not in result["sides"]
     assert "not timed: broken: IndexError" in text
+
+
+def test_peers_of_a_gpu_that_are_not_installed(monkeypatch):
+    """They are told of, and hide no other."""
+    for name in ("liger_kernel", "cut_cross_entropy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    case = whole(torch.bfloat16)
+    sides = benchmark_sides._gpu_sides(case.target, torch.bfloat16)
+    assert len(sides) == 4 and len(benchmark_sides._gpu_sides(case.target, torch.float32)) == 2
+    for check in benchmark.check_gradients(case, sides, []).values():
+        assert check.differences is None and check.failure.startswith("ModuleNotFoundError: ")
+
+
+def test_a_wrong_side_of_ours_costs_its_size_only(capsys, tmp_path, monkeypatch):
+    check = benchmark.check_gradients
+
+    def wrong_at_64_tokens(case, sides, gated):
+        return check(case, *(forget_gates(case) if len(case.target) == 64 else (sides, gated)))
+
+    monkeypatch.setattr(benchmark, "check_gradients", wrong_at_64_tokens)
+    output = tmp_path / "it.json"
+    sizes = ["--sizes", "515x8x64", "515x8x65", "--sides", "--rounds", "2"]
+    assert benchmark.main([*sizes, "--output", str(output)]) == 1
+    first, second = json.loads(output.read_text())["results"]
+    assert "gated: row of dW off by" in first["failed"] and not first["sides"]
+    assert second["failed"] is None and second["sides"]
+    assert "FAILED, AssertionError: gated: row of dW off by" in capsys.readouterr().out
 
 
 def test_no_side_always_follows_the_same_other(monkeypatch):

@@ -22,7 +22,7 @@ from agg import (
     step_counts,
     triton_kernels,
 )
-from tests.agg.on_device import CHECKS
+from tests.agg import on_device as device_checks
 from tests.agg.problems import dense_answer, make_problem, transposed, weigh
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "is_nonzero", "equal", "item")
@@ -309,7 +309,19 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
         assert made[name]["memory"]["ld.global.v4.b32"] == 8 and made[name]["memory"]["st.global.v4.b32"] == 4
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", device_checks.CHECKS)
 def test_what_is_checked_on_a_gpu(check):
     """See there: with the CPU as the device, so that the checks themselves are known to run."""
     assert check("cpu")
+
+
+def test_a_check_that_fails_hides_no_other(capsys, monkeypatch):
+    def fails(device):
+        raise RuntimeError("as it may be")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(device_checks, "CHECKS", (fails, lambda device: f"seen on {device}"))
+    assert device_checks.main() == 1
+    told = capsys.readouterr().out
+    assert "fails: FAILED" in told and "RuntimeError: as it may be" in told and "seen on cuda" in told
