@@ -7,8 +7,9 @@ R tensor-parallel ranks; H [T, D] hidden states, W [V_local, D] output embedding
     dL/dW = (G * (P - Y))^T H      G[i, k] = 1 if k == y_i, g2_k if y_i is rare, else g1_k
 
 G is never built. Tokens are taken in two classes, by "target is rare": within a class the gate is a factor of the rows
-of P^T H, applied to [V_local, D] and not to each [C, V_local]. The target's own entry, which is exempt, is put right by
-adding to its row. So the gates cost next to nothing beyond three matmuls.
+of P^T H, applied to [V_local, D] and not to each [C, V_local]. So the gates cost next to nothing beyond three matmuls.
+The target's own entry, which is exempt, is 0 in P and added to its row apart, in float32: in 16 bits P near 1 would
+leave nothing of P - 1.
 
 With z-loss (PaLM, arXiv 2204.02311, section 5: ``c log^2 Z``) and soft-capped logits (Gemma 2, arXiv 2408.00118,
 section 2: ``z = cap tanh(s / cap)``), ``((1 + 2 c log Z) P - Y) * (1 - tanh^2)`` stands for ``P - Y``, gated the same.

@@ -42,7 +42,9 @@ class AdaptiveGradientGating(torch.nn.Module):
     Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
     its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
     parallelism have ranks too. What is wrong with the targets of one rank, or with a call without :meth:`begin_step`,
-    is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`.
+    is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`. A shape that is wrong after
+    :meth:`begin_step`, and what one tensor-parallel rank refuses alone, only that rank hears of: to tell the others
+    would take a collective in each call.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
