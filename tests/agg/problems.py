@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,18 @@ def make_problem(
         gates=gates,
         vocab_size=vocab_size,
     )
+
+
+def well_predicted(problem: Problem) -> Problem:
+    """Hidden states near the rows of their targets: with D = 64, P of 0.996 and a mean loss of 0.004."""
+    own = problem.weight[problem.target.clamp(min=0)]
+    return dataclasses.replace(problem, hidden=16 / own.shape[1] * own + problem.hidden / 10)
+
+
+def rounded(problem: Problem, dtype: torch.dtype) -> Problem:
+    """Hidden states and weights as ``dtype`` holds them, so that only what is computed of them is off."""
+    hidden, weight = (x.to(dtype).double() for x in (problem.hidden, problem.weight))
+    return dataclasses.replace(problem, hidden=hidden, weight=weight)
 
 
 def dense_answer(
