@@ -39,7 +39,16 @@ from agg.benchmark_counting import counting_calls
 from agg.benchmark_limits import Size
 from agg.benchmark_measure import peak_extra_bytes, ratio, time_interleaved
 from agg.benchmark_report import Result, describe_machine, judge, machine_line, save, table, targets_table
-from agg.benchmark_sides import BACKENDS, OURS, bare_matmuls, make_case, run_side, sides_of, world_of_one
+from agg.benchmark_sides import (
+    BACKENDS,
+    OURS,
+    bare_matmuls,
+    make_case,
+    missing_library,
+    run_side,
+    sides_of,
+    world_of_one,
+)
 from agg.vocab_shard import VocabShard
 
 
@@ -68,7 +77,8 @@ def benchmark(
         sides, gated = sides_of(case)
         sides = {n: side for n, side in sides.items() if only is None or n in OURS or any(word in n for word in only)}
         for name in list(sides):
-            reason = limits.beyond_memory(needed + limits.side_bytes(name, size, shard), available)
+            reason = missing_library(name)
+            reason = reason or limits.beyond_memory(needed + limits.side_bytes(name, size, shard), available)
             if reason and name not in OURS:
                 result["not_timed"][name] = reason
                 del sides[name]

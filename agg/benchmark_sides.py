@@ -5,6 +5,7 @@ Letters: V vocabulary, V_local rows of this rank's shard, D hidden size, T token
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from agg.vocab_shard import VocabShard
 
 Side = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # hidden, weight to loss
 OURS = ("gated", "ungated")
+LIBRARIES = {"Liger": "liger_kernel", "Cut": "cut_cross_entropy"}  # by the first word of their sides' names
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -99,11 +101,18 @@ def sides_of(case: Case) -> tuple[dict[str, Side], list[str]]:
     return sides, ["gated", "paper's form"]
 
 
-def _gpu_sides(target: torch.Tensor, dtype: torch.dtype) -> dict[str, Side]:
-    """Fused losses of other libraries: as they come, and with the most exact sums that they offer.
+def missing_library(name: str) -> str | None:
+    """Why a side can't be run here, whatever its size; None: it can."""
+    library = LIBRARIES.get(name.split()[0])
+    if library is not None and importlib.util.find_spec(library) is None:
+        return f"{library} is not installed"
+    if name.startswith("torch linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has none"
+    return None
 
-    One that is not installed raises when it is called, and so is told as not timed.
-    """
+
+def _gpu_sides(target: torch.Tensor, dtype: torch.dtype) -> dict[str, Side]:
+    """Fused losses of ``LIBRARIES``: as they come, and with the most exact sums that they offer."""
 
     def liger(hidden: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy

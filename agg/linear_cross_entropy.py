@@ -54,7 +54,7 @@ def gated_linear_cross_entropy(
 
     The forward value is the plain cross-entropy, whatever the gates and ``z_loss``. Logits exist only a chunk at a
     time; for reductions to a scalar the gradients are formed in the same pass. Sums are in float32 at least, whatever
-    the inputs.
+    the inputs; P of all ids but the target is in their dtype, and so lost in float16 below 2^-24, which bfloat16 holds.
 
     Args:
         hidden: [T, D], the same on all tensor-parallel ranks. Its gradient is complete on each of them. Where the
@@ -68,7 +68,8 @@ def gated_linear_cross_entropy(
             0 where ignored).
         chunk_tokens: C. None: :func:`default_chunk_tokens`.
         z_loss: c; the gradient is that of the loss plus ``c log^2 Z`` of each position, Z the norm of its softmax.
-        soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits; 0: as they are.
+        soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits, or two in float32
+            where inputs have 16 bits; 0: as they are.
         probe: is told what the gates take and the loss of each token.
 
     Raises:

@@ -81,7 +81,7 @@ class LossProbe:
         self._sums[2] += torch.where(valid, -2 * torch.expm1(-losses), 0).sum(dtype=torch.float64)
         if not len(columns):  # nothing but padding here
             return
-        pushes = (local_p @ columns).to(losses.dtype) * factor[:, None]
+        pushes = (local_p @ columns.to(local_p.dtype)).to(losses.dtype) * factor[:, None]
         gated = torch.where(is_rare, pushes[:, 2], pushes[:, 1])
         both = torch.stack([gated, pushes[:, 0]])
         self._sums[:2] += torch.where(valid, both, 0).sum(1, dtype=torch.float64)

@@ -79,7 +79,7 @@ class Sweep:
         self._rows, self._here = job.shard.to_local(torch.where(self._valid, job.target, -1))
         self._is_rare = job.target_is_rare()
         self._order = self._in_order()
-        self._own_p = torch.zeros_like(self.losses)  # P of the targets, times its slope; 0 where held elsewhere
+        self._own_p = torch.zeros_like(self.losses)  # what of P is added apart at each target; 0 where held elsewhere
         self._own_slope: torch.Tensor | None = torch.ones_like(self.losses) if job.soft_cap else None
         self._hidden_sum: torch.Tensor | None = None
         if needs_hidden:
@@ -133,7 +133,10 @@ class Sweep:
         eps = self.job.label_smoothing
         hidden, here = self._hidden_of(chunk), self._here[chunk]  # [C, D], [C]
         logits = torch.mm(hidden, self.real.T, out=self._logits[: len(chunk)])
-        slope = soft_cap_(logits, self.job.soft_cap) if self.job.soft_cap else None
+        slope = None
+        if self.job.soft_cap:
+            logits = logits.to(self.sum_dtype)  # 1 - tanh^2 in 16 bits would be little but rounding
+            slope = soft_cap_(logits, self.job.soft_cap)
         local_p, log_norm, factor, own_logit, own_p = softmax_over_shards_(
             logits, self._rows[chunk], here, self.job.shard, self.sum_dtype
         )
@@ -147,7 +150,7 @@ class Sweep:
             factor, own_p = factor * more, own_p * more
         if slope is not None and self._own_slope is not None and len(self.real):
             local_p *= slope
-            self._own_slope[chunk] = slope.gather(1, self._rows[chunk][:, None]).squeeze(1).to(self.sum_dtype)
+            self._own_slope[chunk] = slope.gather(1, self._rows[chunk][:, None]).squeeze(1)
             own_p = own_p * self._own_slope[chunk]
         self._own_p[chunk] = own_p
         if self._row_sum_all is not None:
@@ -156,6 +159,7 @@ class Sweep:
         self.losses[chunk] = torch.where(self._valid[chunk], losses, 0)
         if self.row_scale is None or len(self.real) == 0:
             return
+        local_p = local_p.to(hidden.dtype)
         scale = self.row_scale[chunk]
         p_scale = (scale * factor)[:, None]  # what the other ranks add to the norm is a factor of rows
         if self._hidden_sum is not None:
@@ -248,7 +252,7 @@ def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     """
     g1, g2 = (gate.to(sum_dtype(dtype)) for gate in (gates.g1, gates.g2))
     after = torch.where(g2 > 0, g1.clamp(min=2.0**-14 if dtype == torch.float16 else TINY), g1)
-    return g2 / after.clamp(min=TINY), after
+    return torch.where(after > 0, g2 / after, 1.0), after
 
 
 def soft_cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sizes", nargs="+", type=size_of, metavar="VxDxT")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2")
     for size in options.sizes:
         print("\n".join(lines(size, measure(size, options.rounds))), flush=True)
     return 0

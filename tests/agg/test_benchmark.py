@@ -149,15 +149,27 @@ def test_other_libraries_may_fail(capsys, tmp_path, monkeypatch):
     assert "not timed: broken: IndexError" in text
 
 
-def test_peers_of_a_gpu_that_are_not_installed(monkeypatch):
-    """They are told of, and hide no other."""
+def test_peers_of_a_gpu_that_are_not_installed(capsys, tmp_path, monkeypatch):
     for name in ("liger_kernel", "cut_cross_entropy"):
         monkeypatch.setitem(sys.modules, name, None)
-    case = whole(torch.bfloat16)
-    sides = benchmark_sides._gpu_sides(case.target, torch.bfloat16)
-    assert len(sides) == 4 and len(benchmark_sides._gpu_sides(case.target, torch.float32)) == 2
-    for check in benchmark.check_gradients(case, sides, []).values():
-        assert check.differences is None and check.failure.startswith("ModuleNotFoundError: ")
+    sides_of = benchmark.sides_of
+
+    def as_on_a_gpu(case):
+        sides, gated = sides_of(case)
+        return sides | benchmark_sides._gpu_sides(case.target, torch.bfloat16), gated
+
+    monkeypatch.setattr(benchmark, "sides_of", as_on_a_gpu)
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+    text, saved = run(capsys, tmp_path, "--sides", "Liger", "Cut", "torch")
+    (result,) = saved["results"]
+    reasons = result["not_timed"]
+    assert (
+        reasons["Liger fused linear"] == reasons["Liger fused linear, float32 sums"] == "liger_kernel is not installed"
+    )
+    assert reasons["Cut Cross-Entropy, filter_eps=None"] == "cut_cross_entropy is not installed" and len(reasons) == 6
+    assert reasons["torch linear_cross_entropy, chunked"] == f"torch {torch.__version__} has none"
+    assert "not timed: Cut Cross-Entropy: cut_cross_entropy is not installed" in text
+    assert set(result["sides"]) == {*OURS, "torch cross_entropy", "three matmuls", *COUNTING}
 
 
 def test_a_wrong_side_of_ours_costs_its_size_only(capsys, tmp_path, monkeypatch):

@@ -112,12 +112,17 @@ def test_leading_rows_are_gated(request, path, count):
     assert torch.equal(p, expected)
 
 
-@pytest.mark.parametrize("path", ["on_device", "with_triton"])
+@pytest.mark.parametrize("path", [None, "on_device", "with_triton"])
 @pytest.mark.parametrize("condition", [False, True])
-def test_rows_are_scaled_if(request, path, condition):
-    request.getfixturevalue(path)
+@pytest.mark.parametrize("few", [False, True])
+def test_rows_are_scaled_if(request, path, condition, few):
+    """Few: less than an eighth of the rows."""
+    if path is not None:
+        request.getfixturevalue(path)
     matrix, _ = random_chunk(torch.float32)
     factor = torch.linspace(0, 2, 9)  # 1 in the middle: that row is left alone
+    if few:
+        factor = torch.where(torch.arange(9) == 2, 0.5, 1.0)
     expected = matrix * factor[:, None] if condition else matrix.clone()
     kernels.scale_rows_if_(matrix, factor, torch.tensor(condition))
     assert torch.equal(matrix, expected)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from agg import Gates, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import dense_answer, make_problem, rounded, transposed, weigh, well_predicted
+from tests.agg.test_logit_options import dense
 from tests.distributed import run_ranks
 
 
@@ -147,33 +148,36 @@ def test_a_closed_gate_leaves_nothing(tensor_parallel):
     torch.testing.assert_close(weight_grad, dense_answer(problem)[2], rtol=0, atol=1e-12)
 
 
-def one_rank_of_well_predicted(rank: int, world_size: int, dtype: torch.dtype, gated: bool):
+def one_rank_of_well_predicted(rank: int, world_size: int, dtype: torch.dtype, gated: bool, soft_cap: float):
     problem = rounded(well_predicted(make_problem(hidden_size=64)), dtype)
     shard = problem.shard(rank, world_size, dist.group.WORLD)
     weight, gates = problem.local(shard)
     hidden, weight = (x.to(dtype).requires_grad_() for x in (problem.hidden, weight))
-    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates if gated else None, shard)
-    loss.backward()
+    gated_linear_cross_entropy(
+        hidden, weight, problem.target, gates if gated else None, shard, soft_cap=soft_cap
+    ).backward()
     return hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gated", [True, False])
-def test_targets_that_are_well_predicted(tensor_parallel, dtype, gated):
+@pytest.mark.parametrize("soft_cap", [0.0, 30.0])
+def test_targets_that_are_well_predicted(tensor_parallel, dtype, gated, soft_cap):
     """A P near 1 that is rounded to 16 bits leaves little of ``P - 1``, which is all there is to learn from.
 
     Error budget: 1.2 times that of torch's cross-entropy in float32 on logits in ``dtype``, as norms of matrices.
     """
     problem = rounded(well_predicted(make_problem(hidden_size=64)), dtype)
-    _, *exact = dense_answer(problem, gated)
+    _, *exact = dense(problem, gated, soft_cap=soft_cap)
     hidden, weight = (x.to(dtype).requires_grad_() for x in (problem.hidden, problem.weight))
-    loss = F.cross_entropy((hidden @ weight[: problem.vocab_size].T).float(), problem.target)
+    logits = (hidden @ weight[: problem.vocab_size].T).float()
+    loss = F.cross_entropy(soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits, problem.target)
     loss.backward()
-    assert 0.002 < loss < 0.006
-    ranks = run_ranks(one_rank_of_well_predicted, tensor_parallel, dtype, gated)
+    assert 0.002 < loss < 0.03
+    ranks = run_ranks(one_rank_of_well_predicted, tensor_parallel, dtype, gated, soft_cap)
     got = ranks[0][0], torch.cat([grad for _, grad in ranks])
-    plain = dense_answer(problem, gated=False)[1:]
+    plain = dense(problem, gated=False, soft_cap=soft_cap)[1:]
     for name, one, truth, other, other_truth in zip(
         ("dH", "dW"), got, exact, (hidden.grad, weight.grad), plain, strict=True
     ):
