@@ -68,8 +68,8 @@ def gated_linear_cross_entropy(
             0 where ignored).
         chunk_tokens: C. None: :func:`default_chunk_tokens`.
         z_loss: c; the gradient is that of the loss plus ``c log^2 Z`` of each position, Z the norm of its softmax.
-        soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits, or two of them in
-            float32 where inputs have 16 bits; 0: as they are.
+        soft_cap: logits s are ``soft_cap * tanh(s / soft_cap)``, which costs a second chunk of logits (two in float32
+            where inputs have 16 bits); 0: they are as they come.
         probe: is told what the gates take and the loss of each token.
 
     Raises:
