@@ -242,12 +242,15 @@ def test_chunks_are_as_long_as_each_other(device, rows, limit):
     assert default_chunk_tokens(rows, 0, device) == 1
 
 
-def test_differentiating_twice_is_refused():
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_differentiating_twice_is_refused(reduction):
     problem = make_problem()
     hidden = problem.hidden.clone().requires_grad_()
-    loss = gated_linear_cross_entropy(hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1))
+    loss = gated_linear_cross_entropy(
+        hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1), reduction=reduction
+    )
     with pytest.raises(RuntimeError, match="differentiated twice"):
-        torch.autograd.grad(loss, hidden, create_graph=True)
+        torch.autograd.grad(loss.sum(), hidden, create_graph=True)
 
 
 @pytest.mark.parametrize(
