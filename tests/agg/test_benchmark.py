@@ -298,3 +298,9 @@ def test_bad_options(capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             benchmark.main(arguments)
         assert stop.value.code == 2
+    capsys.readouterr()
+    for size in ("515x8", "515x8x-1", "515x8x0", "ax8x64"):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(["--sizes", size])
+        assert stop.value.code == 2
+        assert f"'{size}' is no size VxDxT, such as 50257x256x8192" in capsys.readouterr().err
