@@ -70,6 +70,9 @@ def export(options: argparse.Namespace) -> None:
     folder = RunFolder(options.folder)
     recipe = folder.saved_recipe()
     checkpoint = choose_checkpoint(folder.checkpoints, options.step)
+    problems = problems_of(checkpoint)  # by hash, as where it is loaded
+    if problems:
+        raise DamagedCheckpoint(checkpoint, problems)
     quiet_third_party()
     import torch
 

@@ -39,6 +39,7 @@ class Progress:
     consumed_tokens: int  # targets that were trained on
     skipped_samples: tuple[tuple[int, int], ...] = ()  # ranges [start, stop) that were not trained on
     recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps, if spikes are watched for
+    skips_in_a_row: int = 0  # steps skipped one by one since the last that was trained on or a rollback
 
 
 def resume(
@@ -114,6 +115,7 @@ def load_checkpoint(
         manifest["consumed_samples"],
         manifest["consumed_tokens"],
         *(tuple(tuple(pair) for pair in manifest[key]) for key in ("skipped_samples", "recent")),
+        manifest.get("skips_in_a_row", 0),  # earlier versions did not save it
     )
     saved, layout = manifest["layout"], layout_of(engine, topology)
     differences = [f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved[key] != value]

@@ -93,6 +93,7 @@ class CheckpointSaver:
             "consumed_tokens": progress.consumed_tokens,
             "skipped_samples": progress.skipped_samples,
             "recent": progress.recent,
+            "skips_in_a_row": progress.skips_in_a_row,
             "saved_at": time.time(),  # seconds since 1970
             "layout": layout_of(self._engine, self._topology),
             "identity": identity,

@@ -40,11 +40,15 @@ def steps_per_epoch(prepared: PreparedData, recipe: Recipe) -> int:
     return max(1, -(-prepared.train_tokens // recipe.tokens_per_step))
 
 
-def training_dataset(prepared: PreparedData, recipe: Recipe) -> Any:
-    """Shuffled samples of the train split, at least ``train_steps * global_batch_size`` of them.
+def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None = None) -> Any:
+    """Shuffled samples of the train split, at least ``samples`` of them.
 
     ``dataset[i]`` holds ``tokens`` and ``labels``, both int64 [L]. The order depends on the seed, the sequence length
-    and the number of samples. All ranks must call it: rank 0 writes the index to the data folder, the others wait.
+    and the number of samples, if that is more than one epoch. All ranks must call it: rank 0 writes the index to the
+    data folder, the others wait.
+
+    Args:
+        samples: None: ``train_steps * global_batch_size``. A run that goes on with another batch needs another number.
 
     Raises:
         UserError: the split is shorter than one sequence, or the index cannot be written.
@@ -55,7 +59,8 @@ def training_dataset(prepared: PreparedData, recipe: Recipe) -> Any:
             f"the train split of {prepared.folder} has {prepared.train_tokens} tokens, one sequence needs {length + 1} "
             f"(model.sequence_length {length} and one more); give more text or shorten the sequences"
         )
-    samples = recipe.batch.train_steps * recipe.batch.global_batch_size
+    if samples is None:
+        samples = recipe.batch.train_steps * recipe.batch.global_batch_size
     cache = prepared.folder / "index_cache" / _cache_key(prepared, length, recipe.seed, samples)
     if not dist.is_initialized() or dist.get_rank() == 0:
         _write_index(prepared, cache, _config(prepared, recipe, cache), samples)

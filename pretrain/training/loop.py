@@ -63,8 +63,9 @@ def train(
             remove_unfinished(folder.checkpoints)
         resumed = load_newest(run, folder)
         run.progress = resumed or run.progress
+        to_come = max(0, recipe.batch.train_steps - run.progress.step) * recipe.batch.global_batch_size
         batches = TrainingBatches(
-            training_dataset(run.prepared, recipe),
+            training_dataset(run.prepared, recipe, run.progress.consumed_samples + to_come),
             micro_batch_size=recipe.batch.micro_batch_size,
             global_batch_size=recipe.batch.global_batch_size,
             data_parallel_rank=topology.data_parallel_rank,

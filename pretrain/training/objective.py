@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,15 @@ class GatedObjective(PlainObjective):
         return self.module.frequency.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | Iterable[dict[str, Any]]) -> None:
-        self.module.set_extra_state(state)
+        parts = [state] if isinstance(state, dict) else state
+        self.module.set_extra_state(parts if self._recipe.window_steps else self._with_their_window(parts))
+
+    def _with_their_window(self, parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """One epoch is what it was when the run began; batch or data may have been changed since."""
+        for place, part in enumerate(parts):
+            if place == 0:
+                self.module.frequency.window_steps = part["window_steps"]
+            yield part
 
 
 def build_objective(

@@ -62,18 +62,23 @@ def after_training(
         step=progress.step + 1,
         consumed_samples=progress.consumed_samples + samples,
         consumed_tokens=progress.consumed_tokens + tokens,
+        skips_in_a_row=0,
         recent=(*progress.recent, point)[-spikes.window_steps :] if watching else (),
     )
 
 
 def after_skipping(progress: Progress, steps: int, samples: int) -> Progress:
-    """Progress after so many steps, of so many samples together, that were not trained on."""
+    """Progress after so many steps, of so many samples together, that were not trained on, as after a rollback."""
     start, stop = progress.consumed_samples, progress.consumed_samples + samples
     earlier = list(progress.skipped_samples)
     if earlier and earlier[-1][1] == start:
         start = earlier.pop()[0]
     return dataclasses.replace(
-        progress, step=progress.step + steps, consumed_samples=stop, skipped_samples=(*earlier, (start, stop))
+        progress,
+        step=progress.step + steps,
+        consumed_samples=stop,
+        skipped_samples=(*earlier, (start, stop)),
+        skips_in_a_row=0,
     )
 
 
@@ -85,12 +90,10 @@ def pass_over(spikes: SpikesRecipe, progress: Progress, spike: Spike, samples: i
     """
     if spike.action == "stop":
         raise stop_for(spike, progress.step + 1)
-    passed = after_skipping(progress, 1, samples)
-    start, stop = passed.skipped_samples[-1]
-    if spike.action == "skip" and stop - start > spikes.max_in_a_row * samples:
-        in_a_row = (stop - start) // samples - 1
+    in_a_row = progress.skips_in_a_row
+    if spike.action == "skip" and in_a_row >= spikes.max_in_a_row:
         raise stop_for(spike, progress.step + 1, f", after {in_a_row} skipped steps in a row (spikes.max_in_a_row)")
-    return passed
+    return dataclasses.replace(after_skipping(progress, 1, samples), skips_in_a_row=in_a_row + 1)
 
 
 def stop_for(spike: Spike, step: int, more: str = "") -> SpikeError:

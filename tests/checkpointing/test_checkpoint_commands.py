@@ -108,6 +108,16 @@ def test_evaluation_of_a_damaged_checkpoint_is_refused(copy, capfd):
     assert "rank_00000.pt is missing. The newest whole one is of step 4" in capfd.readouterr().err
 
 
+def test_export_of_a_damaged_checkpoint_is_refused(copy, capfd, tmp_path):
+    """A flipped bit leaves the size as it was."""
+    folder = RunFolder(copy.run_folder)
+    name = next(folder.checkpoints.glob("step_00000006/*optim_states.pt")).name
+    flip_bit(folder.checkpoints / "step_00000006" / name, 9999)
+    assert main(["checkpoint", "export", str(copy.run_folder), "--output", str(tmp_path / "out")]) == 2
+    assert f"step_00000006 is damaged: {name} has another SHA-256" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_going_back(run, copy, capfd, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")

@@ -8,6 +8,8 @@ from itertools import product
 import pytest
 import torch
 
+from pretrain.data.loader import steps_per_epoch, training_dataset
+from pretrain.data.prepare import PreparedData
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
@@ -95,6 +97,41 @@ def test_another_global_batch_is_refused_unless_asked_for(prepared_recipe, tmp_p
         folder.claim(change(wider, model={"num_layers": 3}), "", allow_changes=True)
     records = train_on_ranks(wider, 1, stop_at_step=3)
     assert records[-1]["tokens"] - records[-2]["tokens"] == 2 * (records[-2]["tokens"] - records[-3]["tokens"])
+
+
+@pytest.mark.parametrize("window", ["sliding", "exponential"])
+def test_the_window_stays_what_an_epoch_was(prepared_recipe, tmp_path, window):
+    """A window that the recipe leaves open follows batch and data, of which others may be asked for."""
+    recipe = change(
+        prepared_recipe, output_root=str(tmp_path), objective={"window_steps": None, "window": window}
+    )
+    train_on_ranks(recipe, 1, stop_at_step=2)
+    checkpoints = RunFolder(recipe.run_folder).checkpoints
+    wider = change(recipe, batch={"global_batch_size": 16})
+    RunFolder(recipe.run_folder).claim(wider, "", allow_changes=True)
+    train_on_ranks(wider, 2, stop_at_step=3)
+    before, after = (
+        torch.load(checkpoints / f"step_0000000{step}" / "rank_00000.pt", weights_only=False)["rank_state"]
+        for step in (2, 3)
+    )
+    assert before["window_steps"] == after["window_steps"] == steps_per_epoch(PreparedData.open(recipe), recipe)
+    assert steps_per_epoch(PreparedData.open(wider), wider) < before["window_steps"]
+
+
+def test_a_smaller_global_batch_does_not_run_out_of_samples(prepared_recipe, tmp_path):
+    """The steps that are done took more samples than the recipe says by now."""
+    recipe = change(
+        prepared_recipe,
+        output_root=str(tmp_path),
+        model={"sequence_length": 128},
+        batch={"global_batch_size": 128, "micro_batch_size": 32, "train_steps": 6},
+    )
+    train_on_ranks(recipe, 1, stop_at_step=4)
+    smaller = change(recipe, batch={"global_batch_size": 32})
+    RunFolder(recipe.run_folder).claim(smaller, "", allow_changes=True)
+    samples = len(training_dataset(PreparedData.open(smaller), smaller))
+    assert samples < 4 * 128 + 2 * 32, "they would have been enough without more"
+    assert [record["step"] for record in train_on_ranks(smaller, 1)] == [1, 2, 3, 4, 5, 6]
 
 
 def go_on(rank, world_size, recipe, allow_changes):

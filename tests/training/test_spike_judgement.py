@@ -46,6 +46,17 @@ def test_in_a_row_counts_skips_without_a_trained_step_between():
         pass_over(spikes, progress, spike, 8)
 
 
+def test_steps_that_a_rollback_passed_over_are_not_skips_in_a_row():
+    spikes = SpikesRecipe(on_nonfinite="skip", on_outlier="rollback", max_in_a_row=2)
+    progress = after_skipping(Progress(100, 800, 25_600), 50, 400)
+    spike = find_spike(spikes, progress, float("nan"), 1.0)
+    for _ in range(2):
+        progress = pass_over(spikes, progress, spike, 8)
+    assert progress.skipped_samples == ((800, 1216),)
+    with pytest.raises(NonFiniteError, match="after 2 skipped steps in a row"):
+        pass_over(spikes, progress, spike, 8)
+
+
 @pytest.mark.parametrize(
     ("spikes", "message"),
     [
