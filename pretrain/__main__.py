@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
     added = verb("generate", "pretrain.commands:generate", "Continue a prompt.")
     added.add_argument("folder", metavar="RUN", type=Path)
+    added.add_argument("overrides", nargs="*", metavar="device=...", help="cpu, for a run that was trained on GPUs")
     added.add_argument("--prompt", required=True, metavar="TEXT")
     added.add_argument("--max-new-tokens", type=_positive, default=64)
     added.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpointing.folder import (
     check_whole,
@@ -17,8 +17,9 @@ from pretrain.checkpointing.folder import (
     problems_of,
     step_of,
 )
+from pretrain.checkpointing.identity import CHANGEABLE, check_identity, identity_of
 from pretrain.cluster.endings import note
-from pretrain.cluster.incarnation import forget_incarnation, has_taken_over
+from pretrain.cluster.incarnation import forget_incarnation, has_gone_back, has_taken_over, note_going_back
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
@@ -64,14 +65,14 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     quiet_third_party()
     with contextlib.ExitStack() as stack:
         if is_first and not options.claimed:
-            _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
+            prepared = _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
             given = text_as_given(options.recipe, options.overrides)
             if not options.from_scratch:
                 folder.check(recipe, allow_changes=options.allow_changes)
             make_folder(folder.path)
             lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             forget_incarnation(folder.path)
-            _set_aside(options, folder)
+            _set_aside(options, folder, identity_of(recipe, prepared))
             folder.claim(recipe, given, allow_changes=options.allow_changes)
             if place is None and is_done(recipe):
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
@@ -105,7 +106,7 @@ def reshard(options: argparse.Namespace) -> int:
         if not options.claimed and (place is None or place.rank == 0):
             folder.check(recipe)
             _check_before_start(on_cpu, on_cpu.local_world_size if place is None else place.world_size)
-            lock = stack.enter_context(run_lock(folder.path))
+            lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             if place is None and recipe.local_world_size > 1:
                 arguments = ["checkpoint", "reshard", str(options.folder), *options.overrides]
                 arguments += ["--step", str(step_of(checkpoint)), "--claimed"]
@@ -123,14 +124,14 @@ def evaluate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
     if not folder.recipe_file.exists() and (options.folder / "config.json").exists():
         return _evaluate_huggingface(options)
-    others = [given for given in options.overrides if not given.startswith("reporting.word_similarity=")]
+    others = [given for given in options.overrides if not given.startswith(("reporting.word_similarity=", "device="))]
     if options.data or options.output or others:
         raise UserError(
             "--data, --output and key=value are for a Hugging Face folder, with its config.json; "
             f"{options.folder} is none: a run is measured on its own data, and only reporting.word_similarity=[...] "
-            "may be given"
+            "and device=... may be given"
         )
-    saved = load_recipe(str(folder.recipe_file), options.overrides) if options.overrides else folder.saved_recipe()
+    saved = _recipe_of(folder, options.overrides)
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
     recipe = _on_layout_of(checkpoint, saved)
     from pretrain.evaluation.evaluation_file import is_evaluated
@@ -178,15 +179,19 @@ def _evaluate_huggingface(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
-    recipe = _on_layout_of(checkpoint, folder.saved_recipe())
+    if any(not given.startswith("device=") for given in options.overrides):
+        raise UserError(f"generate takes {options.folder} as it was trained: only device=... may be given")
+    recipe = _on_layout_of(checkpoint, _recipe_of(folder, options.overrides))
     if options.temperature < 0:
         raise UserError(f"--temperature is {options.temperature}, must not be negative")
     choose_device(recipe)
     quiet_third_party()
-    if place_from_environment() is None and recipe.local_world_size > 1:
-        arguments = ["generate", str(options.folder), "--prompt", options.prompt, *_checkpoint_option(options)]
-        arguments += ["--max-new-tokens", str(options.max_new_tokens), "--temperature", str(options.temperature)]
-        return _run_ranks(arguments, recipe, folder)
+    if place_from_environment() is None:
+        check_devices(recipe, recipe.local_world_size)
+        if recipe.local_world_size > 1:
+            arguments = ["generate", str(options.folder), *options.overrides, "--prompt", options.prompt]
+            arguments += ["--max-new-tokens", str(options.max_new_tokens), "--temperature", str(options.temperature)]
+            return _run_ranks([*arguments, *_checkpoint_option(options)], recipe, folder)
     from pretrain.evaluation.generate import generate_text
 
     with _connected(recipe) as topology:
@@ -207,10 +212,10 @@ def report(options: argparse.Namespace) -> None:
     say(f"report: {output}")
 
 
-def _check_before_start(recipe: Recipe, world_size: int) -> None:
+def _check_before_start(recipe: Recipe, world_size: int) -> PreparedData:
     if place_from_environment() is None:
         check_devices(recipe, recipe.local_world_size)
-    check_run(recipe, world_size)
+    return check_run(recipe, world_size)
 
 
 def check_run(recipe: Recipe, world_size: int) -> PreparedData:
@@ -243,15 +248,22 @@ def _check_evaluation(recipe: Recipe) -> None:
         read_encoded(Path(name), words_in_text(tokenizer))
 
 
-def _set_aside(options: argparse.Namespace, folder: RunFolder) -> None:
-    """What ``--from-scratch`` or ``--resume-from`` leave behind."""
-    aside = None
+def _set_aside(options: argparse.Namespace, folder: RunFolder, identity: dict[str, Any]) -> None:
+    """What ``--from-scratch`` or ``--resume-from`` leave behind; once, however often SLURM starts the same command."""
+    if not options.from_scratch and options.resume_from is None:
+        return
+    if has_gone_back(folder.path):
+        say("an earlier start of this job has gone back as asked: this one goes on from the newest checkpoint")
+        return
     if options.from_scratch:
         aside = folder.start_again()
-    elif options.resume_from is not None:
+    else:
+        checkpoint = choose_checkpoint(folder.checkpoints, options.resume_from)
+        check_identity(checkpoint, identity, CHANGEABLE if options.allow_changes else ())
         aside = folder.go_back_to(options.resume_from)
     if aside is not None:
         say(f"what was there is kept in {aside}")
+    note_going_back(folder.path)
 
 
 def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
@@ -262,6 +274,11 @@ def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
 def is_done(recipe: Recipe, *, hashed: bool = True) -> bool:
     last = RunFolder(recipe.run_folder).checkpoints / checkpoint_name(recipe.batch.train_steps)
     return last.is_dir() and not problems_of(last, hashed=hashed)
+
+
+def _recipe_of(folder: RunFolder, overrides: Sequence[str]) -> Recipe:
+    """As it was trained, but for ``overrides``."""
+    return load_recipe(str(folder.recipe_file), overrides) if overrides else folder.saved_recipe()
 
 
 def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:

@@ -17,12 +17,24 @@ from pretrain.recipe import Recipe
 from pretrain.recipe_io import flatten, recipe_from_dict, recipe_to_dict
 
 # What may differ when a run goes on: it changes nothing that is trained, or (spikes) is the way out of a stop.
-FREE_SECTIONS = ("checkpoint", "reporting", "output_root", "parallel", "spikes", "hang_timeout_minutes")
+FREE_SECTIONS = (
+    "checkpoint", "reporting", "output_root", "parallel", "device", "spikes", "hang_timeout_minutes",
+)  # fmt: skip
 FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
 # What may differ if that is asked for: the weights fit, but what is trained is another thing from here on.
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
-NOT_OF_A_RUN = (".lock", ".incarnation", "logs", "jobs.jsonl", "job.sbatch", "state.json", "aside", "resharding")
+NOT_OF_A_RUN = (
+    ".lock",
+    ".incarnation",
+    ".gone_back",
+    "logs",
+    "jobs.jsonl",
+    "job.sbatch",
+    "state.json",
+    "aside",
+    "resharding",
+)
 
 EVALUATION_FORMAT = 3
 
@@ -105,7 +117,7 @@ class RunFolder:
         return self._move_aside(self._content()) if self.recipe_file.exists() else None
 
     def go_back_to(self, step: int) -> Path | None:
-        """Move checkpoints newer than ``step`` to ``aside/TIME/checkpoints``; None if there is none.
+        """Move checkpoints newer than ``step``, and their evaluations, to ``aside/TIME``; None if there is none.
 
         Raises:
             UserError: there is no checkpoint of that step, or it does not verify.
@@ -114,7 +126,8 @@ class RunFolder:
         problems = problems_of(checkpoint)
         if problems:
             raise DamagedCheckpoint(checkpoint, problems)
-        aside = self._move_aside([path for path in checkpoints_in(self.checkpoints) if step_of(path) > step])
+        newer = [path for path in checkpoints_in(self.checkpoints) if step_of(path) > step]
+        aside = self._move_aside([*newer, *self._evaluations_after(step)])
         write_text(self.checkpoints / "latest", checkpoint.name + "\n")
         return aside
 
@@ -159,6 +172,17 @@ class RunFolder:
             return self.evaluation_file, self.evaluation_arrays
         stem = self.path / "evaluations" / checkpoint.name
         return stem.with_suffix(".json"), stem.with_suffix(".npz")
+
+    def _evaluations_after(self, step: int) -> list[Path]:
+        """Training may come to the same step again with other weights."""
+        of_steps = (self.path / "evaluations").glob("step_[0-9]*.*")
+        newer = [path for path in of_steps if int(path.name[5:].partition(".")[0]) > step]
+        try:
+            newest = json.loads(self.evaluation_file.read_text(encoding="utf-8"))["checkpoint_step"] > step
+        except (OSError, ValueError, LookupError, TypeError):
+            newest = True  # it says of nothing that stays
+        files = (self.evaluation_file, self.evaluation_arrays) if newest else ()
+        return newer + [path for path in files if path.exists()]
 
     def _record(self, changes: list[str]) -> None:
         if changes:

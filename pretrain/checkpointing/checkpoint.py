@@ -5,7 +5,6 @@ They are written by :mod:`pretrain.checkpointing.saving`.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +17,13 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpointing.folder import checkpoints_in, latest_problem, problems_of, rank_file, read_manifest
+from pretrain.checkpointing.identity import CHANGEABLE, check_identity
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import load_portable, seed_of_resume
 from pretrain.console import say
 from pretrain.errors import CheckpointError, DamagedCheckpoint
 from pretrain.randomness import seed_everything
-from pretrain.recipe import ModelRecipe, ObjectiveRecipe, OptimizerRecipe
-from pretrain.recipe_io import flatten
 from pretrain.topology import Topology
-
-CHANGEABLE = ("data_sha256", "tokenizer_sha256", "optimizer.")  # of the identity, if asked for
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,10 @@ def resume(
     found: list[Any] = [(there, latest_problem(folder), (folder / "latest").exists())]
     dist.broadcast_object_list(found, src=0)
     names, problem, had_some = found[0]
+    free = CHANGEABLE if allow_changes else ()
     for name in names:
         try:
-            progress = load_checkpoint(engine, folder / name, load_rank_state, topology, identity, seed, allow_changes)
+            progress = load_checkpoint(engine, folder / name, load_rank_state, topology, identity, seed, free)
         except DamagedCheckpoint as error:
             if topology.is_first:
                 say(f"passed over {name}: {'; '.join(error.problems)}")
@@ -90,7 +87,7 @@ def load_checkpoint(
     topology: Topology,
     identity: dict[str, Any],
     seed: int,
-    allow_changes: bool = False,
+    free: tuple[str, ...] = (),
 ) -> Progress:
     """Continue from a checkpoint; a collective. Ranks share the hashing of its files.
 
@@ -101,7 +98,7 @@ def load_checkpoint(
     Args:
         load_rank_state: is given what this rank saved, or on another layout what all ranks saved, in turn.
         seed: of the recipe.
-        allow_changes: what is trained on may be another data set, tokenizer or optimizer.
+        free: what of the identity may differ, see :func:`~pretrain.checkpointing.identity.check_identity`.
 
     Raises:
         DamagedCheckpoint: on all ranks, and nothing was loaded.
@@ -109,13 +106,14 @@ def load_checkpoint(
     """
     _verify(checkpoint, topology)
     manifest = read_manifest(checkpoint)
-    _check_identity(checkpoint, manifest["identity"], identity, allow_changes)
+    check_identity(checkpoint, identity, free)
     progress = Progress(
         manifest["step"],
         manifest["consumed_samples"],
         manifest["consumed_tokens"],
-        *(tuple(tuple(pair) for pair in manifest[key]) for key in ("skipped_samples", "recent")),
-        manifest.get("skips_in_a_row", 0),  # earlier versions did not save it
+        skipped_samples=tuple(tuple(pair) for pair in manifest["skipped_samples"]),
+        recent=tuple(tuple(pair) for pair in manifest["recent"]),
+        skips_in_a_row=manifest.get("skips_in_a_row", 0),  # earlier versions did not save it
     )
     saved, layout = manifest["layout"], layout_of(engine, topology)
     differences = [f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved[key] != value]
@@ -180,28 +178,3 @@ def _verify(checkpoint: Path, topology: Topology) -> None:
     problems = dict.fromkeys(problem for found in everyone for problem in found)
     if problems:
         raise DamagedCheckpoint(checkpoint, list(problems))
-
-
-def _settings_by_default() -> dict[str, Any]:
-    """What a checkpoint of an earlier version, which did not have a setting yet, was trained with."""
-    sections = {"model": ModelRecipe, "optimizer": OptimizerRecipe, "objective": ObjectiveRecipe}
-    return {
-        f"{name}.{field.name}": list(field.default) if isinstance(field.default, tuple) else field.default
-        for name, section in sections.items()
-        for field in dataclasses.fields(section)
-        if field.default is not dataclasses.MISSING
-    }
-
-
-def _check_identity(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> None:
-    here = flatten(now)
-    there = {key: value for key, value in _settings_by_default().items() if key in here} | flatten(saved)
-    there.pop("recipe_sha256", None)  # of what is compared one by one; earlier versions saved it
-    free = CHANGEABLE if allow_changes else ()
-    differences = [
-        f"{key}: saved with {there.get(key)}, now {here.get(key)}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key) and not key.startswith(free)
-    ]
-    if differences:
-        raise CheckpointError(f"{checkpoint} is of another run ({'; '.join(differences)})")

@@ -42,12 +42,14 @@ def _begin(arguments: Sequence[str]) -> int:
     folder, job = _run_folder(options), job_from_environment()
     make_folder(folder.logs)
     is_training = arguments[0] == "train"
+    if arguments[:2] == ["checkpoint", "reshard"]:  # it writes a checkpoint too
+        take_over(folder.path, job)
     suffix = "" if is_training else f".{arguments[0]}"  # a job may also evaluate what it has trained
     logs = make_folder(folder.logs / f"{job.incarnation}{suffix}")
     if is_training:
         step = _saved_step(folder)
         earlier = _begins(folder, job)
-        if _stuck(earlier, step):
+        if step < _last_step(options) and _stuck(earlier, step):
             print(f"error: {_words_for_stuck(earlier, step)}", file=sys.stderr)
             return EXIT_BROKEN
         take_over(folder.path, job)
@@ -104,6 +106,12 @@ def _run_folder(options: argparse.Namespace) -> RunFolder:
     if getattr(options, "folder", None) is None:
         raise UserError("launch.sh runs train, evaluate, generate and checkpoint reshard; start other verbs plainly")
     return RunFolder(options.folder.absolute())
+
+
+def _last_step(options: argparse.Namespace) -> int:
+    """Where this training ends; a job of a chain that comes after has nothing to do, and is not stuck."""
+    steps = load_recipe(options.recipe, options.overrides).batch.train_steps
+    return min(options.stop_at_step or steps, steps)
 
 
 def _saved_step(folder: RunFolder) -> int:

@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 from pretrain.cluster.endings import note_end
-from pretrain.cluster.job import Job, is_over, node_name
+from pretrain.cluster.job import Job, chain_of, is_over, node_name
 from pretrain.files import write_text
 from pretrain.run_lock import run_lock
 
 EXIT_FENCED = os.EX_NOPERM  # 77
 LOOK_SECONDS = 10.0
 TOKEN = "PRETRAIN_INCARNATION"
+GONE_BACK = ".gone_back"
 
 
 def take_over(folder: Path, job: Job) -> None:
@@ -82,9 +83,25 @@ def has_taken_over(folder: Path) -> bool:
     return TOKEN in os.environ and _read(folder) == os.environ[TOKEN]
 
 
+def has_gone_back(folder: Path) -> bool:
+    """Whether an earlier start of this job, or of its array, has moved aside what the command says to leave behind."""
+    chain, _, token = _text(folder / GONE_BACK).partition(" ")
+    return TOKEN in os.environ and chain == chain_of() and token != os.environ[TOKEN]
+
+
+def note_going_back(folder: Path) -> None:
+    """For the starts of this job that follow."""
+    if TOKEN in os.environ:
+        write_text(folder / GONE_BACK, f"{chain_of()} {os.environ[TOKEN]}")
+
+
 def _read(folder: Path) -> str:
+    return _text(_file(folder))
+
+
+def _text(file: Path) -> str:
     try:
-        return _file(folder).read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return ""
 

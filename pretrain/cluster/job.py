@@ -55,9 +55,14 @@ def job_from_environment(environment: Mapping[str, str] = os.environ) -> Job:
     return Job(
         job_id,
         int(environment.get("SLURM_RESTART_COUNT", "0")),
-        environment.get("SLURM_ARRAY_JOB_ID", job_id),
+        chain_of(environment),
         tuple(nodes),
     )
+
+
+def chain_of(environment: Mapping[str, str] = os.environ) -> str:
+    """The array that this job is a part of, otherwise the job itself; empty outside a job."""
+    return environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:

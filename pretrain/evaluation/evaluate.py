@@ -13,6 +13,7 @@ import torch
 
 from pretrain import __version__
 from pretrain.checkpointing.checkpoint import load_checkpoint
+from pretrain.checkpointing.identity import NOT_OF_WEIGHTS
 from pretrain.console import say
 from pretrain.data.corpus import Split
 from pretrain.evaluation.measures import Arrays, measure
@@ -32,7 +33,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
     """Measure one checkpoint on the test split; a collective."""
     run = build_run(recipe, topology)
     run.progress = load_checkpoint(
-        run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed
+        run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed, NOT_OF_WEIGHTS
     )
     run.engine.eval()
     subject = subject_of_run(run, SPLIT, show=True)

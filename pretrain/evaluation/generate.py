@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pretrain.checkpointing.checkpoint import load_checkpoint
+from pretrain.checkpointing.identity import NOT_OF_WEIGHTS
 from pretrain.errors import UserError
 from pretrain.evaluation.decoding import continue_ids
 from pretrain.evaluation.run_model import RunModel
@@ -32,7 +33,9 @@ def generate_text(
         UserError: the prompt has no tokens.
     """
     run = build_run(recipe, topology)
-    load_checkpoint(run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed)
+    load_checkpoint(
+        run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed, NOT_OF_WEIGHTS
+    )
     tokenizer = run.prepared.tokenizer
     ids = tokenizer.encode(prompt)
     if not ids:

@@ -11,13 +11,13 @@ from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
 from pretrain.checkpointing.checkpoint import Progress
 from pretrain.checkpointing.huggingface.initial_weights import load_initial_weights
+from pretrain.checkpointing.identity import identity_of
 from pretrain.checkpointing.saving import CheckpointSaver
 from pretrain.data.loader import steps_per_epoch
 from pretrain.data.prepare import PreparedData
 from pretrain.model.gpt import build_model
 from pretrain.randomness import seed_everything
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import recipe_to_dict
 from pretrain.topology import Topology
 from pretrain.training.deepspeed_config import deepspeed_config
 from pretrain.training.engine import build_engine
@@ -43,16 +43,8 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that loads it: hashes, and the settings behind the recipe's."""
-        tree = recipe_to_dict(self.recipe)
-        del tree["model"]["init_from"]  # where the first weights came from; the checkpoint has newer ones
-        settings = {section: tree[section] for section in ("model", "optimizer", "objective")}
-        return {
-            "data_sha256": self.prepared.sha256,
-            "tokenizer_sha256": self.prepared.tokenizer.sha256,
-            "vocab_size": self.prepared.vocab_size,
-            **settings,
-        }
+        """What a checkpoint must share with the run that loads it."""
+        return identity_of(self.recipe, self.prepared)
 
 
 def build_run(recipe: Recipe, topology: Topology, *, init: bool = False) -> Run:

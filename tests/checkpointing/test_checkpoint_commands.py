@@ -118,6 +118,84 @@ def test_export_of_a_damaged_checkpoint_is_refused(copy, capfd, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_left_behind_is_not_evaluated_again(copy, capfd, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")
+    folder = RunFolder(copy.run_folder)
+    for step in (2, 4, 6):
+        called(capfd, "evaluate", folder.path, "--checkpoint", step)
+    before = json.loads(folder.evaluation_file.read_text())
+    out = called(capfd, "train", path, "optimizer.learning_rate=0.03", "--allow-changes", "--resume-from", 4)
+    (aside,) = (folder.path / "aside").iterdir()
+    assert f"what was there is kept in {aside}" in out
+    assert sorted(str(entry.relative_to(aside)) for entry in aside.rglob("evaluation*.*")) == [
+        "evaluation.json",
+        "evaluation.npz",
+    ]
+    assert sorted(entry.name for entry in (folder.path / "evaluations").iterdir()) == [
+        f"step_0000000{step}.{kind}" for step in (2, 4) for kind in ("json", "npz")
+    ]
+    assert "evaluated already" not in called(capfd, "evaluate", folder.path)
+    assert json.loads(folder.evaluation_file.read_text())["perplexity"] != before["perplexity"]
+
+
+def test_a_checkpoint_from_before_an_allowed_change(copy, capfd, tmp_path):
+    """It can be measured and written with; to go on from it is another change, asked for before anything moves."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")
+    folder, change_it = RunFolder(copy.run_folder), ["optimizer.learning_rate=0.03", "batch.train_steps=7"]
+    called(capfd, "train", path, *change_it, "--allow-changes")
+    called(capfd, "evaluate", folder.path, "--checkpoint", 2)
+    called(capfd, "generate", folder.path, "--checkpoint", 2, "--prompt", "ab", "--max-new-tokens", 2)
+    there = checkpoints_in(folder.checkpoints)
+    assert main(["train", str(path), *change_it, "--resume-from", "2"]) == 2
+    message = capfd.readouterr().err
+    assert "step_00000002 is of another run (optimizer.learning_rate: saved with 0.003, now 0.03)" in message
+    assert message.rstrip().endswith("--allow-changes of train goes on from it")
+    assert checkpoints_in(folder.checkpoints) == there and not (folder.path / "aside").exists()
+    called(capfd, "train", path, *change_it, "--resume-from", 2, "--allow-changes")
+
+
+def test_another_device_is_no_other_run(copy, capfd, monkeypatch):
+    saved = RunFolder(copy.run_folder)
+    saved.check(change(copy, device="cuda" if copy.device == "cpu" else "cpu"))
+    called(capfd, "evaluate", saved.path, "device=cpu")
+    called(capfd, "generate", saved.path, "device=cpu", "--prompt", "ab", "--max-new-tokens", 2)
+    assert main(["generate", str(saved.path), "seed=3", "--prompt", "ab"]) == 2
+    assert "only device=... may be given" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_job_goes_back_once(copy, capfd, tmp_path, monkeypatch, chained):
+    """SLURM starts the same command again after the time limit, and in the next job of a chain."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")
+    folder = RunFolder(copy.run_folder)
+
+    def start(job_id, restarts, *options):
+        for name, value in {
+            "SLURM_JOB_ID": job_id,
+            "SLURM_ARRAY_JOB_ID": "5" if chained else job_id,
+            "SLURM_RESTART_COUNT": str(restarts),
+            "PRETRAIN_INCARNATION": f"{job_id}.{restarts}",
+        }.items():
+            monkeypatch.setenv(name, value)
+        (folder.path / ".incarnation").write_text(f"{job_id}.{restarts}")
+        return called(capfd, "train", path, *options)
+
+    going_back = ["--resume-from", "2"]
+    assert "is kept in" in start("5", 0, *going_back)
+    out = start("6" if chained else "5", 0 if chained else 1, *going_back)
+    assert "has gone back as asked" in out and "trained already" in out
+    assert [path.name for path in checkpoints_in(folder.checkpoints)][0] == "step_00000006"
+    monkeypatch.delenv("PRETRAIN_INCARNATION")  # by hand it is as often as it is said
+    shutil.rmtree(folder.path / "aside")
+    assert "is kept in" in called(capfd, "train", path, *going_back)
+    shutil.rmtree(folder.path / "aside")
+    if not chained:
+        assert "is kept in" in start("9", 0, "--from-scratch"), "another job goes back too"
+
+
 def test_going_back(run, copy, capfd, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")

@@ -157,6 +157,29 @@ def test_other_verbs_take_nothing_over(slurm, tmp_path, capsys):
     assert not (run / ".incarnation").exists() and not (run / "jobs.jsonl").exists()
 
 
+def test_reshard_takes_the_run_over(slurm, tmp_path, capsys):
+    """It writes a checkpoint, which only the incarnation that has the run may."""
+    run = tmp_path / "run"
+    run.mkdir()
+    logs = begin(["checkpoint", "reshard", str(run), "parallel.sharding=zero3"], capsys)
+    assert logs.name == "7.0.checkpoint" and (run / ".incarnation").read_text() == "7.0"
+    assert not (run / "jobs.jsonl").exists()
+
+
+@pytest.mark.parametrize(("options", "saved"), [([], 500), (["--stop-at-step", "20"], 20)])
+def test_jobs_of_a_chain_that_find_the_run_done_are_not_stuck(slurm, arguments, capsys, monkeypatch, options, saved):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    arguments = [*arguments, "batch.train_steps=500", *options]
+    for job_id in ("5", "6", "7", "8"):
+        monkeypatch.setenv("SLURM_JOB_ID", job_id)
+        logs = begin(arguments, capsys)
+        ranks_end(logs, 0)
+        if job_id == "5":
+            save(logs, saved)
+        assert batch.main(["end", str(logs), "0"]) == 0
+        assert " done at step" in capsys.readouterr().out
+
+
 def test_events_survive_a_torn_line(tmp_path):
     file = tmp_path / "jobs.jsonl"
     record_event(file, "begin", step=0)

@@ -102,9 +102,7 @@ def test_another_global_batch_is_refused_unless_asked_for(prepared_recipe, tmp_p
 @pytest.mark.parametrize("window", ["sliding", "exponential"])
 def test_the_window_stays_what_an_epoch_was(prepared_recipe, tmp_path, window):
     """A window that the recipe leaves open follows batch and data, of which others may be asked for."""
-    recipe = change(
-        prepared_recipe, output_root=str(tmp_path), objective={"window_steps": None, "window": window}
-    )
+    recipe = change(prepared_recipe, output_root=str(tmp_path), objective={"window_steps": None, "window": window})
     train_on_ranks(recipe, 1, stop_at_step=2)
     checkpoints = RunFolder(recipe.run_folder).checkpoints
     wider = change(recipe, batch={"global_batch_size": 16})
