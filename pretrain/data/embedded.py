@@ -11,7 +11,6 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import platform
 import sysconfig
 import warnings
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import bar
+from pretrain.data.workers import Workers
 from pretrain.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -137,8 +137,10 @@ def _module_docstrings(processes: int, show: bool) -> Iterator[tuple[str, list[s
                 progress.update()
                 yield result
             return
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            for result in pool.imap(_parse, sources, chunksize=16):
+        with Workers(processes) as workers:
+            parsed = workers.pool.imap(_parse, sources)
+            for _ in sources:
+                result = workers.wait_for(parsed.next)
                 progress.update()
                 yield result
 

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib.metadata
 import json
-import multiprocessing.pool
 import platform
 import shutil
 from collections.abc import Iterator
@@ -25,8 +24,9 @@ from pretrain.console import bar, say
 from pretrain.data import embedded
 from pretrain.data.corpus import SPLITS, Split, documents, source_files
 from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
-from pretrain.data.shards import count_tokens, open_pool, shard_paths, update_text_hash, write_split
+from pretrain.data.shards import count_tokens, shard_paths, update_text_hash, write_split
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines
+from pretrain.data.workers import Workers
 from pretrain.errors import UserError
 from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
 from pretrain.recipe import DataRecipe, Recipe
@@ -133,14 +133,14 @@ class _Preparation:
         self._begin(sources)
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_temporaries)  # after the workers have ended: one may be stopped while it writes
-            pool = open_pool(self.data.prepare_processes)
-            if pool is not None:
-                stack.enter_context(pool)  # terminates the workers, also after an error
+            workers = None
+            if self.data.prepare_processes > 1:
+                workers = stack.enter_context(Workers(self.data.prepare_processes))
             if self.data.corpus.source == "embedded":
                 corpus = embedded.collect(self.data.prepare_processes, show=True)
                 write_json(self.folder / PROVENANCE_NAME, corpus.provenance)
             tokenizer, train_documents = self._tokenizer()
-            splits: dict[str, SplitManifest] = {split: self._split(split, train_documents, pool) for split in SPLITS}
+            splits: dict[str, SplitManifest] = {split: self._split(split, train_documents, workers) for split in SPLITS}
         counts = count_tokens(self.folder / "train", tokenizer.vocab_size)
         with replacing(self.folder / COUNTS_NAME) as temporary, temporary.open("wb") as file:
             np.save(file, counts)
@@ -217,7 +217,7 @@ class _Preparation:
         write_json(record, {"sha256": tokenizer.sha256, "train_documents": count})
         return tokenizer, count
 
-    def _split(self, split: Split, train_documents: int, pool: multiprocessing.pool.Pool | None) -> SplitManifest:
+    def _split(self, split: Split, train_documents: int, workers: Workers | None) -> SplitManifest:
         record, prefix = self.partial / f"{split}.json", self.folder / split
         if record.exists():
             entry = SplitManifest(**json.loads(record.read_text()))
@@ -228,7 +228,7 @@ class _Preparation:
         with bar(total, f"tokenizing {split}", "documents") as progress:
             texts = documents(self.data.corpus, split)
             tokenizer_path = self.folder / TOKENIZER_NAME
-            entry = write_split(prefix, texts, tokenizer_path, self.partial / f"{split}-chunks", pool, progress)
+            entry = write_split(prefix, texts, tokenizer_path, self.partial / f"{split}-chunks", workers, progress)
         write_json(record, dataclasses.asdict(entry))
         return entry
 

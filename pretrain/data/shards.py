@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import multiprocessing.pool
 import shutil
-import signal
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from pretrain.data.manifest import SplitManifest
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.workers import Workers
 from pretrain.files import file_sha256, replacing, write_json
 
 with warnings.catch_warnings():
@@ -48,19 +47,12 @@ class Chunk:
     bin_bytes: int
 
 
-def open_pool(processes: int) -> multiprocessing.pool.Pool | None:
-    """Workers for :func:`write_split`; None: work in this process. Open it before threads are started: it forks."""
-    if processes == 1:
-        return None
-    return multiprocessing.get_context("fork").Pool(processes, initializer=_ignore_interrupts)
-
-
 def write_split(
     prefix: Path,
     texts: Iterable[str],
     tokenizer_path: Path,
     chunk_folder: Path,
-    pool: multiprocessing.pool.Pool | None,
+    workers: Workers | None,
     progress: tqdm[Any],
 ) -> SplitManifest:
     """Tokenize documents, an eos after each, to ``PREFIX.bin`` and ``PREFIX.idx``.
@@ -68,7 +60,7 @@ def write_split(
     Args:
         texts: the documents, in order.
         chunk_folder: where chunks are kept until the shard is whole; it is removed then.
-        pool: from :func:`open_pool`.
+        workers: None: work in this process.
         progress: counts documents.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
@@ -80,7 +72,7 @@ def write_split(
         for number, documents in enumerate(_in_chunks(texts))
     )
     chunks = []
-    for chunk in _in_order(pool, tasks):
+    for chunk in _in_order(workers, tasks):
         chunks.append(chunk)
         progress.update(chunk.documents)
     _join(prefix, [chunk.prefix for chunk in chunks], tokenizer.vocab_size)
@@ -170,10 +162,6 @@ def _tokenizer(path: Path, sha256: str) -> Tokenizer:
     return _loaded[sha256]
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
-
-
 def _in_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     size = 0
@@ -196,20 +184,19 @@ def _digest(documents: list[str], tokenizer_sha256: str, text_hash: Any) -> str:
     return chunk_hash.hexdigest()
 
 
-def _in_order(pool: multiprocessing.pool.Pool | None, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Chunk]:
+def _in_order(workers: Workers | None, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Chunk]:
     """Chunks in the order of their tasks, with few tasks in memory: ``Pool.imap`` would read the whole corpus ahead."""
-    if pool is None:
+    if workers is None:
         for task in tasks:
             yield encode_chunk(*task)
         return
-    ahead = 2 * pool._processes  # type: ignore[attr-defined]
     pending: deque[multiprocessing.pool.AsyncResult[Chunk]] = deque()
     for task in tasks:
-        pending.append(pool.apply_async(encode_chunk, task))
-        if len(pending) > ahead:
-            yield pending.popleft().get()
+        pending.append(workers.pool.apply_async(encode_chunk, task))
+        if len(pending) > 2 * workers.processes:
+            yield workers.wait_for(pending.popleft().get)
     while pending:
-        yield pending.popleft().get()
+        yield workers.wait_for(pending.popleft().get)
 
 
 def _join(prefix: Path, chunk_prefixes: list[str], vocab_size: int) -> None:

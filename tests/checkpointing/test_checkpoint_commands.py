@@ -187,7 +187,7 @@ def test_a_job_goes_back_once(copy, capfd, tmp_path, monkeypatch, chained):
     assert "is kept in" in start("5", 0, *going_back)
     out = start("6" if chained else "5", 0 if chained else 1, *going_back)
     assert "has gone back as asked" in out and "trained already" in out
-    assert [path.name for path in checkpoints_in(folder.checkpoints)][0] == "step_00000006"
+    assert checkpoints_in(folder.checkpoints)[0].name == "step_00000006"
     monkeypatch.delenv("PRETRAIN_INCARNATION")  # by hand it is as often as it is said
     shutil.rmtree(folder.path / "aside")
     assert "is kept in" in called(capfd, "train", path, *going_back)
