@@ -102,7 +102,7 @@ def _generation() -> list[Measure]:
     )  # fmt: skip
     return [
         Measure(section, label, ("generation", mode, key), "near human", show, human=("generation", "human", key),
-                by_ratio=False)
+                by_ratio=False, of_targets=True)
         for mode, section in (("greedy", "Generated text, most likely token"), ("sampled", "Generated text, sampled"))
         for key, label, show in parts
     ]  # fmt: skip

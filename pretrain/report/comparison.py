@@ -54,7 +54,8 @@ def caveats(methods: Sequence[Method]) -> list[str]:
     if not same_targets(methods):
         found.append(
             "The runs were not evaluated on the same targets (their corpus, tokenizer or split differ): their "
-            "perplexities and distinct tokens cannot be compared. Bits per byte can, if the text is the same."
+            "perplexities, distinct tokens and generated texts cannot be compared, nor with one human text. "
+            "Bits per byte can, if the text is the same."
         )
     if len({record.evaluation["tokens"] for record in records}) > 1:
         found.append("The runs were not trained on the same number of tokens.")

@@ -86,8 +86,8 @@ class Measure:
         return f"[{self.text_of(found.low)}, {self.text_of(found.high)}]"
 
     def human_value(self, methods: Sequence[Method]) -> float | None:
-        """Of the first run that knows the text."""
-        if not self.human:
+        """Of the first run that knows the text; None where they were evaluated on several."""
+        if not self.human or (self.of_targets and not same_targets(methods)):
             return None
         values = (record.number(*self.human) for method in methods for record in method.records)
         return next((value for value in values if value is not None), None)

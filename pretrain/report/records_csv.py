@@ -24,6 +24,7 @@ def write_csv(methods: Sequence[Method], page: Path) -> None:
 
     ``low`` and ``high`` are the ends of 95 % t intervals over seeds, empty below two seeds. ``difference`` is to
     the first method over the seeds in common, in ``difference_unit``: percent (of the geometric mean) or absolute.
+    ``human_text`` is of the text that the method was evaluated on.
     """
     write_text(page.with_suffix(".csv"), _text(METHOD_COLUMNS, _method_rows(methods)))
     write_text(page.with_name(f"{page.stem}_runs.csv"), _text(RUN_COLUMNS, _run_rows(methods)))
@@ -37,7 +38,7 @@ def _method_rows(methods: Sequence[Method]) -> list[list[Any]]:
             if found is None:
                 continue
             line = [method.name, row.name, row.section, row.label, row.better, found.mean, found.low, found.high]
-            line += [found.count, row.human_value(methods)]
+            line += [found.count, row.human_value([method])]
             paired = None if method is methods[0] else row.paired(method, methods[0])
             if paired is None:
                 rows.append([*line, *[None] * 6])

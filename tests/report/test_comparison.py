@@ -183,6 +183,22 @@ def test_what_cannot_be_compared_is_said_and_not_compared(tmp_path: Path) -> Non
     assert row_of(methods, "isotropy").best(methods) == {1}
 
 
+def test_generated_text_of_other_targets_is_not_compared(tmp_path: Path) -> None:
+    targets = {"frequent": 1, "medium": 1, "rare": 1, "total": 3}
+    human = {"frequent": 20, "medium": 12, "rare": 7, "total": 39}
+    methods = two(tmp_path, target_tokens=targets, unique_targets=human)
+    rows = [row for row in measures(methods) if row.path[0] in ("unique_tokens", "generation")]
+    assert len(rows) == 14
+    for row in rows:
+        assert row.human_value(methods) is None, row.name
+        assert row.best(methods) == set(), row.name
+        assert row.change(methods[1], methods[0]) == "", row.name
+        assert row.paired(methods[1], methods[0]) is None, row.name
+    total = row_of(methods, "unique_tokens", "total")
+    assert [total.human_value([method]) for method in methods] == [3306, 39]
+    assert "distinct tokens and generated texts cannot be compared, nor with one human text" in caveats(methods)[0]
+
+
 def test_many_intervals_are_counted(tmp_path: Path) -> None:
     folders = [folder for kind in ("mle", "agg", "exclude") for folder in write_seeds(tmp_path, kind, (1, 2, 3))]
     methods = group_runs(read_runs(folders))

@@ -186,6 +186,8 @@ def test_a_published_model_beside_a_run(tmp_path: Path) -> None:
     assert page.row("method") == ["plain cross-entropy (mle)", "a model from elsewhere (Hugging Face folder)"]
     assert page.row("trained on")[1] == ABSENT
     assert page.row("rare tokens↓") == ["29.2K", "29.2K", ""]  # other targets: neither best nor compared
+    assert page.row("rare tokens↑") == ["34", "34", ""]  # nor one human text
+    assert page.row("repeated 4-grams→ human") == ["0.805", "0.805", ""]
     assert "were not evaluated on the same targets" in page.text
     assert page.text.count("Recipe of") == 1
     assert "gpt2 reaches a total perplexity" in Page(page_of([tmp_path / "gpt2"], tmp_path / "alone")).text

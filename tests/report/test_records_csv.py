@@ -39,6 +39,8 @@ def test_one_row_a_method_and_measure(tmp_path: Path) -> None:
     assert of["agg", "unique_tokens.rare"]["human_text"] == "314.0"
     assert of['plain, "old"', "perplexity.rare"]["baseline"] == ""
 
+    assert of["gpt2", "unique_tokens.rare"]["human_text"] == "52.0"
+
     model = of["gpt2", "isotropy"]
     assert (model["seeds"], model["low"], model["difference"]) == ("1", "", "")
     assert ("gpt2", "training.tokens_per_second") not in of
