@@ -13,6 +13,7 @@ from pretrain.report.formatting import absent, compact, fixed, percents
 from pretrain.report.intervals import Interval
 from pretrain.report.measures import Measure, same_targets
 from pretrain.report.methods import Method, repeated_seeds
+from pretrain.report.run_records import RunRecord
 
 HARDLY = 0.01  # relative change below which a number of single runs is said to have hardly changed
 ONE_SEED = "one seed: no interval, so no claim"
@@ -59,6 +60,7 @@ def caveats(methods: Sequence[Method]) -> list[str]:
         )
     if len({record.evaluation["tokens"] for record in records}) > 1:
         found.append("The runs were not trained on the same number of tokens.")
+    found += _trained_on(records)
     found += [
         f"{first.name} and {again.name} have the same settings and seed: they stand apart, as they say nothing about "
         "the spread over seeds."
@@ -80,6 +82,17 @@ def caveats(methods: Sequence[Method]) -> list[str]:
     if len(methods) > 1 and all(len(method.records) == 1 for method in methods):
         found.append("Each column is one run with one seed; a difference of a percent can be chance.")
     return found + _many_comparisons(methods)
+
+
+def _trained_on(records: Sequence[RunRecord]) -> list[str]:
+    """Of each run whose metrics go on after the checkpoint that was evaluated."""
+    return [
+        f"{record.name} was evaluated at step {evaluated:,}, the run is at step {record.last_step:,}: evaluate it "
+        "again. The table and what is said of it are of the former, the figures of training and the recipe of the "
+        "latter."
+        for record in records
+        if (evaluated := record.evaluation["checkpoint_step"]) is not None and record.last_step > evaluated
+    ]
 
 
 def _many_comparisons(methods: Sequence[Method]) -> list[str]:

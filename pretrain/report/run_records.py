@@ -50,6 +50,11 @@ class RunRecord:
     def seed(self) -> int | None:
         return None if self.evaluation["seed"] is None else int(self.evaluation["seed"])
 
+    @property
+    def last_step(self) -> int:
+        """How far the metrics go; 0 without any."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
     def number(self, *path: str) -> float | None:
         """A number of ``evaluation.json``; None where it was not measured or is not a number (NaN)."""
         value = look_up(self.evaluation, path)

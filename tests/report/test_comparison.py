@@ -199,6 +199,15 @@ def test_generated_text_of_other_targets_is_not_compared(tmp_path: Path) -> None
     assert "distinct tokens and generated texts cannot be compared, nor with one human text" in caveats(methods)[0]
 
 
+def test_a_run_that_trained_on_after_its_evaluation(tmp_path: Path) -> None:
+    methods = two(tmp_path, checkpoint_step=1200)
+    found = [text for text in caveats(methods) if "evaluate it again" in text]
+    assert len(found) == 1  # of the other run, all is of one step
+    assert found[0].startswith("gated was evaluated at step 1,200, the run is at step 2,000: evaluate it again.")
+    (alone,) = caveats(methods[1:])
+    assert alone == found[0]
+
+
 def test_many_intervals_are_counted(tmp_path: Path) -> None:
     folders = [folder for kind in ("mle", "agg", "exclude") for folder in write_seeds(tmp_path, kind, (1, 2, 3))]
     methods = group_runs(read_runs(folders))
