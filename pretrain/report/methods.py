@@ -22,7 +22,7 @@ NOT_SETTINGS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric while training: mean over the seeds at each point, lowest and highest of them. All arrays [n]."""
+    """A metric while training: means over the seeds at each step, lowest and highest of them. All arrays [n]."""
 
     tokens: Floats
     mean: Floats
@@ -51,13 +51,13 @@ class Method:
         return [record.seed for record in self.records if record.seed is not None]
 
     def curve(self, *path: str) -> Curve:
-        """A metric at the tokens where all runs have it."""
-        series = [record.series(*path) for record in self.records]
-        tokens = series[0][0]
-        for others, _ in series[1:]:
-            tokens = np.intersect1d(tokens, others)
-        values = np.array([measured[np.isin(places, tokens)] for places, measured in series])
-        return Curve(tokens, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+        """A metric at the steps where all runs have it: their tokens may differ there, as a skipped step has none."""
+        runs = [record.points(*path) for record in self.records]
+        steps = runs[0][:, 0]
+        for others in runs[1:]:
+            steps = np.intersect1d(steps, others[:, 0])
+        _, tokens, values = np.array([points[np.isin(points[:, 0], steps)] for points in runs]).transpose(2, 0, 1)
+        return Curve(tokens.mean(axis=0), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
 
     def last(self, key: str) -> dict[str, list[float]]:
         """A nested metric where it was last measured: of each part, one value a run that has it."""

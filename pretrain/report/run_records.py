@@ -63,11 +63,15 @@ class RunRecord:
         return float(value)
 
     def series(self, *path: str) -> tuple[Floats, Floats]:
-        """Tokens and values of a metric at the steps where it was measured; ``path`` goes into nested records."""
-        points = [(record.get("tokens"), look_up(record, path)) for record in self.metrics]
-        measured = [(tokens, value) for tokens, value in points if tokens is not None and value is not None]
-        both = np.asarray(measured, dtype=np.float64).reshape(-1, 2)
-        return both[:, 0], both[:, 1]
+        """Tokens and values of a metric at the steps where it was measured."""
+        points = self.points(*path)
+        return points[:, 1], points[:, 2]
+
+    def points(self, *path: str) -> Floats:
+        """[n, 3]: step, tokens and value where a metric was measured; ``path`` goes into nested records."""
+        points = [(record["step"], record.get("tokens"), look_up(record, path)) for record in self.metrics]
+        measured = [point for point in points if None not in point]
+        return np.asarray(measured, dtype=np.float64).reshape(-1, 3)
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:

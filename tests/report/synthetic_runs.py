@@ -55,6 +55,18 @@ def write_seeds(root: Path, kind: str, seeds: Sequence[int], name: str = "", **e
     return [write_run(root, f"{name or kind}-seed{seed}", kind, seed, **evaluation) for seed in seeds]
 
 
+def skip_step(folder: Path, step: int) -> None:
+    """As if this logged step had not been trained on: its loss is apart, and its tokens never came."""
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        record["tokens"] -= TOKENS_PER_STEP * (record["step"] >= step)
+        if record["step"] == step:
+            lost = {key: record.pop(key) for key in ("loss", "learning_rate", "grad_norm")}
+            record["skipped"] = {"reason": "the loss is nan", "loss": None, "grad_norm": lost["grad_norm"]}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
 def write_published_model(root: Path, name: str = "gpt2", *, arrays: bool = False) -> Path:
     """What the evaluation of a Hugging Face folder leaves: no recipe, no metrics, no method, another tokenizer."""
     source = write_run(root, name, "mle")

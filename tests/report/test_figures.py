@@ -18,8 +18,8 @@ from pretrain.report.figure_style import DOTS_PER_INCH, METHOD_COLOURS, METHOD_M
 from pretrain.report.figures import DIFFERENCES, FIGURES, FigureOfReport, figures_of
 from pretrain.report.methods import Method, group_runs
 from pretrain.report.run_records import read_runs
-from pretrain.report.training_figures import gates_figure, geometry_figure
-from tests.report.synthetic_runs import write_published_model, write_run, write_seeds
+from pretrain.report.training_figures import gates_figure, geometry_figure, training_figure
+from tests.report.synthetic_runs import skip_step, write_published_model, write_run, write_seeds
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,15 @@ def test_seeds_are_one_line_with_a_band(folders: list[Path]) -> None:
     tops = band.get_paths()[0].vertices[:, 1]
     assert (tops.min(), tops.max()) == pytest.approx((np.min(curves), np.max(curves)))
     assert not geometry_figure(of(folders[:1])).axes[0].collections  # a single run has no band
+
+
+def test_a_skipped_step_of_one_seed_empties_no_panel(tmp_path: Path) -> None:
+    runs = write_seeds(tmp_path, "agg", (1, 2, 3))
+    skip_step(runs[1], 10)
+    for draw in (training_figure, geometry_figure, gates_figure):
+        panels = draw(of(runs)).axes
+        assert [text.get_text() for panel in panels for text in panel.texts] == []
+        assert all(np.size(line.get_xdata()) for panel in panels for line in panel.lines)
 
 
 def test_gates_are_those_of_the_last_measured_step(folders: list[Path]) -> None:

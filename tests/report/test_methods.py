@@ -10,7 +10,14 @@ import yaml
 
 from pretrain.report.methods import Method, group_runs, settings_that_differ
 from pretrain.report.run_records import read_runs
-from tests.report.synthetic_runs import STEPS, write_published_model, write_run, write_seeds
+from tests.report.synthetic_runs import (
+    STEPS,
+    TOKENS_PER_STEP,
+    skip_step,
+    write_published_model,
+    write_run,
+    write_seeds,
+)
 
 
 def grouped(folders: list[Path]) -> list[Method]:
@@ -91,9 +98,24 @@ def test_a_curve_over_seeds(tmp_path: Path) -> None:
     (method,) = grouped(folders)
     curve = method.curve("loss")
     assert len(curve.tokens) == STEPS // 10 - 10  # where all seeds have it
+    np.testing.assert_array_equal(curve.tokens, method.first.series("loss")[0][-190:])
     values = np.array([record.series("loss")[1][-190:] for record in method.records])
     np.testing.assert_allclose(curve.mean, values.mean(axis=0))
     np.testing.assert_allclose(curve.low, values.min(axis=0))
     np.testing.assert_allclose(curve.high, values.max(axis=0))
     assert method.curve("never_measured").mean.shape == (0,)
     assert len(method.last("g1_by_decile")["never_seen"]) == 3
+
+
+def test_a_skipped_step_of_one_seed_leaves_the_curves(tmp_path: Path) -> None:
+    """From there on the seeds have been trained on different numbers of tokens at the same step."""
+    folders = write_seeds(tmp_path, "agg", (1, 2))
+    skip_step(folders[1], 10)
+    (method,) = grouped(folders)
+    loss, isotropy = method.curve("loss"), method.curve("isotropy")
+    assert len(loss.mean) == STEPS // 10 - 1  # at the skipped step there is none
+    assert len(isotropy.mean) == STEPS // 50
+    assert loss.tokens[-1] == (STEPS - 0.5) * TOKENS_PER_STEP
+    values = np.array([record.series("isotropy")[1] for record in method.records])
+    np.testing.assert_array_equal(isotropy.mean, values.mean(axis=0))
+    np.testing.assert_array_equal(isotropy.tokens, (np.arange(50, STEPS + 1, 50) - 0.5) * TOKENS_PER_STEP)
