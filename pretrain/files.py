@@ -9,11 +9,14 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as of Lustre that is mounted without flock
 
 
 @contextlib.contextmanager
@@ -82,6 +85,8 @@ def file_sha256(path: Path) -> str:
 def folder_lock(folder: Path, doing: str, way_out: str = "wait until it ends", *, wait: bool = False) -> Iterator[None]:
     """Hold the one lock of a folder. It ends with the process, however that ends.
 
+    Where the file system has no locks, that is said, and it is up to people to start one process at a time.
+
     Args:
         doing: what the lock protects, for the message.
         wait: wait for the other holder; otherwise refuse.
@@ -94,6 +99,10 @@ def folder_lock(folder: Path, doing: str, way_out: str = "wait until it ends", *
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another process is {doing} {folder}; {way_out}") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{folder}: {error.strerror}: see to it that nothing else is {doing} it", file=sys.stderr)
         yield
 
 

@@ -6,7 +6,14 @@ set -euo pipefail
 : "${SLURM_JOB_ID:?launch.sh runs inside a SLURM job: sbatch slurm/train.sbatch RECIPE}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 site=${PRETRAIN_CLUSTER_ENV:-$here/cluster.env}
-if [[ -f $site ]]; then source "$site"; fi
+if [[ -f $site ]]; then
+    set +u # site files and what they load read variables that are not set
+    source "$site"
+    set -u
+elif [[ -n ${PRETRAIN_CLUSTER_ENV:-} ]]; then
+    echo "error: PRETRAIN_CLUSTER_ENV names $site, which is not a file" >&2
+    exit 2
+fi
 python=${PYTHON:-python}
 
 gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # with --exclusive the second one is all that the node has

@@ -30,6 +30,7 @@ LOST_PEER = (
     "failed to recv",
 )
 TERMINATED = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGUSR1  # what does not listen to it ends by it
 STOPPED = os.EX_TEMPFAIL  # training.stopping.EXIT_STOPPED, which is in a module that imports torch
 
 RECORD_BYTES, REASON_CHARACTERS = 4096, 900  # of 4 bytes at most
@@ -118,6 +119,8 @@ def how_it_ended(folder: Path, world_size: int, launcher_code: int) -> Ending:
         causes = frozenset(cause for record in ranks.values() for cause in record.get("stopped_by", ()))
         return Ending(STOPPED, f"stopped as asked ({', '.join(sorted(causes)) or 'a signal'}) and saved", causes)
     failures = _failures(folder, ranks)
+    if launcher_code == INTERRUPTED and all(map(_is_by_signal, failures)):
+        return Ending(STOPPED, "interrupted (SIGUSR1)", frozenset({"SIGUSR1"}))
     silent = sorted(rank for rank in range(world_size) if codes.get(rank) is None)
     lost = _silent_nodes(folder, ranks)
     if lost and all(map(_is_consequence, failures)):
@@ -185,6 +188,11 @@ def _in_words(code: int) -> str:
 
 def _is_consequence(failure: dict[str, Any]) -> bool:
     return any(words in failure["reason"] for words in LOST_PEER) or failure["code"] == -signal.SIGTERM
+
+
+def _is_by_signal(failure: dict[str, Any]) -> bool:
+    """By the one before the time limit, or by a launcher that takes its ranks along."""
+    return failure["code"] in (-signal.SIGUSR1, -signal.SIGTERM, INTERRUPTED, TERMINATED)
 
 
 def _name(ranks: list[int], records: dict[int, dict[str, Any]]) -> str:

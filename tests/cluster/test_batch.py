@@ -157,6 +157,17 @@ def test_other_verbs_take_nothing_over(slurm, tmp_path, capsys):
     assert not (run / ".incarnation").exists() and not (run / "jobs.jsonl").exists()
 
 
+def test_an_evaluation_that_runs_out_of_time_starts_again(slurm, arguments, capsys, tmp_path):
+    save(begin(arguments, capsys), 500)
+    run = tmp_path / "runs" / "x"
+    logs = begin(["evaluate", str(run)], capsys)
+    for number in range(2):
+        (logs / f"rank_{number:05d}.json").write_text(json.dumps({"rank": number, "host": "node1"}))
+    assert batch.main(["end", str(logs), "138"]) == 75
+    assert slurm.read_text().splitlines()[-1] == "scontrol requeue 7"
+    assert capsys.readouterr().out == "job 7.0 requeued: interrupted (SIGUSR1)\n"
+
+
 def test_reshard_takes_the_run_over(slurm, tmp_path, capsys):
     """It writes a checkpoint, which only the incarnation that has the run may."""
     run = tmp_path / "run"

@@ -43,6 +43,19 @@ def test_all_stopped_and_one_rank_heard_the_signal(tmp_path):
     assert (ending.code, ending.stopped_by) == (75, {"SIGUSR1"}) and "SIGUSR1" in ending.reason
 
 
+@pytest.mark.parametrize("said", [{}, {"r0": -10, "r1": -10}, {"r0": -15, "r1": -10}])
+def test_what_does_not_listen_to_the_signal_before_the_time_limit(tmp_path, said):
+    """An evaluation ends by it, its launcher too or a moment later."""
+    for number in range(2):
+        rank(tmp_path, number)
+    if said:
+        node(tmp_path, "node0", **said)
+    ending = how_it_ended(tmp_path, 2, 138)
+    assert (ending.code, ending.reason, ending.stopped_by) == (75, "interrupted (SIGUSR1)", {"SIGUSR1"})
+    rank(tmp_path, 1, 2, "no such file")
+    assert how_it_ended(tmp_path, 2, 138).code != 75, "it failed before"
+
+
 def test_a_rank_without_an_end_is_no_stop(tmp_path):
     for number in range(3):
         rank(tmp_path, number, 75)

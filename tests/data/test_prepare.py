@@ -12,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from pretrain.data import prepare as prepare_module
 from pretrain.data import shards
 from pretrain.data.corpus import SPLITS, documents
+from pretrain.data.loader import training_dataset
 from pretrain.data.prepare import PreparedData, prepare
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe
@@ -198,6 +199,24 @@ def test_folder_locked_by_another_prepare(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "another process is preparing" in refusal(recipe)
     prepare(recipe)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    recipe = text_recipe(tmp_path)
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    prepare(recipe)
+    prepared = PreparedData.open(recipe)
+    assert len(training_dataset(prepared, recipe)) > 0
+    words = capfd.readouterr().err
+    for doing in (
+        f"{tmp_path / 'data'}: Function not implemented: see to it that nothing else is preparing it",
+        "indexing",
+    ):
+        assert doing in words
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
