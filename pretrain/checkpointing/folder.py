@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def delete_old(folder: Path, saved_step: int, keep_last: int, keep_every_steps: 
     Damaged ones do not count, so that they never push out a good one; those of every ``keep_every_steps`` stay.
     """
     older = [path for path in checkpoints_in(folder) if step_of(path) <= saved_step]
-    whole = [path for path in older if not problems_of(path, hashed=False)]
+    # No more are looked at: of many ranks a checkpoint is thousands of files, and of a long run many are kept.
+    whole = list(islice((path for path in older if not problems_of(path, hashed=False)), keep_last + 1))
     for path in older[older.index(whole[keep_last - 1]) + 1 :] if len(whole) > keep_last else ():
         if keep_every_steps == 0 or step_of(path) % keep_every_steps:
             remove(path)

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pretrain.checkpointing.folder import read_manifest
+from pretrain.checkpointing import folder as folder_module
+from pretrain.checkpointing.folder import checkpoint_name, checkpoints_in, delete_old, read_manifest, write_manifest
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
 from tests.small_runs import change, on_ranks, read_metrics, train_rank
@@ -48,3 +49,22 @@ def test_background_saves_the_same_bytes(prepared_recipe, tmp_path, sharding, pr
         first = next(record for record in recorded if "checkpoint_disk_seconds" in record)
         blocked, disk = first["checkpoint_blocked_seconds"], first["checkpoint_disk_seconds"]
         assert disk > 0.6 and (disk - blocked > 0.3) == background
+
+
+def test_what_is_looked_at_to_delete_old_checkpoints(tmp_path, monkeypatch):
+    """Not all that are kept for ever; damaged ones do not count."""
+    steps = range(10, 110, 10)
+    for step in steps:
+        (tmp_path / checkpoint_name(step)).mkdir()
+        if step != 90:
+            write_manifest(tmp_path / checkpoint_name(step), {"files": {}})
+    looked_at, problems_of = [], folder_module.problems_of
+
+    def counted(checkpoint, **options):
+        looked_at.append(folder_module.step_of(checkpoint))
+        return problems_of(checkpoint, **options)
+
+    monkeypatch.setattr(folder_module, "problems_of", counted)
+    delete_old(tmp_path, 100, keep_last=2, keep_every_steps=20)
+    assert looked_at == [100, 90, 80, 70]
+    assert [folder_module.step_of(path) for path in checkpoints_in(tmp_path)] == [100, 90, 80, 60, 40, 20]

@@ -74,6 +74,36 @@ def test_an_array_of_runs(runs, tmp_path):
     assert not runs.folder("study_2").path.exists()
 
 
+def test_an_evaluation_that_runs_out_of_time(runs, tmp_path):
+    """The signal before the time limit ends it; the job starts again, finds its training done, and evaluates."""
+    name, file = "evaluated_twice", tmp_path / "study.txt"
+    file.write_text(shlex.join([RECIPE, *runs.overrides(name, *LAYOUT)]) + "\n")
+    job = runs.cluster.submit("--array=1-1", *ONE_RANK, "slurm/study.sbatch", str(file))
+    logs = runs.folder(name).logs
+    begun = wait_until(
+        lambda: list(logs.glob("*.0.evaluate/rank_00000.json")), 120, "rank", lambda: runs.cluster.output(job)
+    )
+    runs.cluster.client("scancel", "--signal=USR1", f"{job}_1", check=False)
+    runs.cluster.wait_for(job, "COMPLETED", seconds=180, restarts=1)
+    first = logs / begun[0].parent.name
+    again = logs / first.name.replace(".0.", ".1.")
+    assert again.is_dir() and runs.folder(name).evaluation_file.exists()
+    assert [event["action"] for event in runs.events(name, "end")] == ["done", "done"]
+    assert "requeued: interrupted (SIGUSR1)" in runs.cluster.output(job)
+
+
+def test_reshard_in_a_job(runs, calm):
+    """It may write to a run that an earlier job has trained."""
+    folder = runs.folder(calm)
+    runs.cluster.client("cp", "-r", str(folder.path), str(runs.folder("resharded").path))
+    run = str(runs.folder("resharded").path)
+    layout = ("parallel.sharding=zero3", *LAYOUT)
+    job = runs.cluster.submit(*ONE_RANK, "--time=30", "slurm/launch.sh", "checkpoint", "reshard", run, *layout)
+    runs.cluster.wait_for(job, "COMPLETED", seconds=120)
+    assert "tensor-parallel 1 x data-parallel 1 now; the one before is kept in" in runs.cluster.output(job)
+    assert "all valid" in runs.cluster.client("python", "-m", "pretrain", "checkpoint", "verify", run)
+
+
 def together(jobs):
     """How many ran at the start of each."""
     return [sum(one["StartTime"] <= other["StartTime"] < one["EndTime"] for one in jobs) for other in jobs]
