@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import RecipeError, UserError
 from pretrain.recipe import Recipe
+from pretrain.recipe_io import nearest
 
 POLICY_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
@@ -24,7 +24,8 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
 
     Raises:
         UserError: no such file, or not JSON.
-        RecipeError: a value in the file that differs from the recipe, named with both sides.
+        RecipeError: keys or values that DeepSpeed does not take, or a value in the file that differs from the recipe,
+            named with both sides.
     """
     path = find_policy(recipe.parallel.sharding)
     try:
@@ -41,19 +42,7 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
         "gradient_clipping": recipe.optimizer.gradient_clipping,
         "bf16": {"enabled": recipe.precision == "bf16"},
     }
-    problems: list[str] = []
-    for key in policy:
-        near = difflib.get_close_matches(key, POLICY_KEYS, n=1, cutoff=0.75)
-        if near and key not in POLICY_KEYS:
-            problems.append(f"{path} has {key!r}, which DeepSpeed would ignore; did you mean {near[0]!r}?")
-    zero = policy.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(f"{path} has zero_optimization {zero!r}, must be an object with stage 0, 1, 2 or 3")
-    if not isinstance(policy.get("bf16", {}), dict):
-        problems.append(f"{path} has bf16 {policy['bf16']!r}, must be an object")
-    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
-        if isinstance(policy.get(section), dict) and policy[section].get(key) is False:
-            problems.append(f"{path} turns {section}.{key} off, without which no step could be refused; remove it")
+    problems = _policy_problems(policy, str(path))
     if problems:
         raise RecipeError(problems, f"the sharding of {recipe.name}")
     merged = _fill(policy, owned, "", str(path), problems)
@@ -85,6 +74,58 @@ def find_policy(name_or_path: str) -> Path:
 
 def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _policy_problems(policy: dict[str, Any], path: str) -> list[str]:
+    """What DeepSpeed would not take, or would ignore, and what would keep us from refusing a step."""
+    problems = []
+    for key in policy:
+        if key not in POLICY_KEYS:
+            hint = nearest(key, POLICY_KEYS) or f"; known here: {', '.join(POLICY_KEYS)}"
+            problems.append(f"{path} has {key!r}, which is not handed to DeepSpeed{hint}")
+    zero = policy.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"{path} has zero_optimization {zero!r}, must be an object with stage 0, 1, 2 or 3")
+        return problems
+    for section in ("bf16", "comms_logger", "data_types"):
+        if not isinstance(policy.get(section, {}), dict):
+            problems.append(f"{path} has {section} {policy[section]!r}, must be an object")
+    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        if isinstance(policy.get(section), dict) and policy[section].get(key) is False:
+            problems.append(f"{path} turns {section}.{key} off, without which no step could be refused; remove it")
+    return problems or _section_problems(policy, path)
+
+
+def _section_problems(policy: dict[str, Any], path: str) -> list[str]:
+    """What DeepSpeed's own classes say about the sections that it has classes for."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    problems = []
+    for section, cls in (
+        ("zero_optimization", DeepSpeedZeroConfig),
+        ("bf16", DeepSpeedBF16Config),
+        ("comms_logger", CommsLoggerConfig),
+    ):
+        try:
+            cls(**policy.get(section, {}))
+        except ValidationError as error:
+            known = [name for key, field in cls.model_fields.items() for name in (key, field.alias) if name]
+            problems += [f"{path} has {_in_words(section, entry, known)}" for entry in error.errors()]
+        except AssertionError as error:  # an old key together with the new one
+            problems.append(f"{path} has {section}: {error}")
+    return problems
+
+
+def _in_words(section: str, entry: Any, known: list[str]) -> str:
+    """One of pydantic's errors."""
+    key = ".".join([section, *map(str, entry["loc"])])
+    if entry["type"] == "extra_forbidden":
+        hint = nearest(key.removeprefix(f"{section}."), known, f"{section}.")
+        return f"{key}, which DeepSpeed does not know{hint}"
+    return f"{key} = {entry['input']!r}: {entry['msg']}" if entry["loc"] else f"{key}: {entry['msg']}"
 
 
 def _fill(given: dict[str, Any], owned: dict[str, Any], prefix: str, path: str, problems: list[str]) -> dict[str, Any]:
