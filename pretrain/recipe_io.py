@@ -42,10 +42,16 @@ def find_recipe(name_or_path: str) -> Path:
     raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of the shipped {', '.join(names)}")
 
 
+def find_base(recipe: Path, base: str) -> Path:
+    """The base that a recipe file names: a path relative to the file, or what :func:`find_recipe` takes."""
+    beside = recipe.parent / base
+    return beside if beside.is_file() else find_recipe(base)
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override, check.
 
-    A file may say ``base: OTHER``, a name or path like its own; then it holds what differs from that recipe.
+    A file may say ``base: OTHER``, see :func:`find_base`; then it holds what differs from that recipe.
 
     Args:
         name_or_path: a YAML file, or the name of one in ``pretrain/recipes``.
@@ -59,7 +65,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_mapping(path)
     base = tree.pop("base", None)
     if base is not None:
-        below = read_mapping(find_recipe(str(base)))
+        below = read_mapping(find_base(path, str(base)))
         if "base" in below:
             raise UserError(
                 f"{path} has base {base}, which has a base itself: name {below['base']} or write the keys out"

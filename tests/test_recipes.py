@@ -83,6 +83,11 @@ def test_a_base_is_merged_key_by_key_and_has_none_itself(tmp_path):
     far.write_text(f"base: {top}\nname: c\n")
     with pytest.raises(UserError, match="which has a base itself"):
         load_recipe(str(far))
+    top.write_text("base: base.yaml\nname: b\n")
+    assert load_recipe(str(top)).data.folder == "d"
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "top.yaml").write_text("base: ../base.yaml\nname: b\n")
+    assert load_recipe(str(tmp_path / "deeper" / "top.yaml")).data.folder == "d"
     far.write_text("base: nowhere\nname: c\n")
     with pytest.raises(UserError, match="no recipe 'nowhere'"):
         load_recipe(str(far))

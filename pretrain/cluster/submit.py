@@ -18,6 +18,7 @@ from typing import Any
 from pretrain.checkpointing.folder import checkpoints_in, step_of
 from pretrain.cluster.job import ASK_SECONDS, read_events, record_event
 from pretrain.cluster.job_script import (
+    ROOT,
     SITE_OPTIONS,
     JobRequest,
     grace_seconds,
@@ -37,7 +38,15 @@ from pretrain.files import make_folder, write_text
 from pretrain.model.size import model_size
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import find_recipe, flatten, load_recipe, recipe_from_dict, recipe_to_dict
+from pretrain.recipe_io import (
+    find_base,
+    find_recipe,
+    flatten,
+    load_recipe,
+    read_mapping,
+    recipe_from_dict,
+    recipe_to_dict,
+)
 from pretrain.run_folder import RunFolder, with_whole_paths
 
 RATES = 20  # last records whose median rate is taken
@@ -47,12 +56,14 @@ def submit(options: argparse.Namespace) -> int:
     """See the verb; nothing is written or submitted unless all of it can be."""
     quiet_third_party()
     recipe, overrides = _with_absolute_paths(load_recipe(options.recipe, options.overrides), options.overrides)
+    recipe_file = find_recipe(options.recipe).absolute()
+    _check_base(recipe_file)
     site = site_environment()
     request = request_of(options, recipe, site)
     folder = RunFolder(recipe.run_folder)
     prepared = check_run(recipe, request.world_size)
     folder.check(recipe)
-    launch = ["slurm/launch.sh", "train", str(find_recipe(options.recipe).absolute()), *overrides]
+    launch = ["slurm/launch.sh", "train", str(recipe_file), *overrides]
     script = job_script(request, folder.logs, launch, site, "submit")
     if options.dry_run:
         for line in _description(recipe, request, prepared, options.tokens_per_second):
@@ -65,6 +76,20 @@ def submit(options: argparse.Namespace) -> int:
     say(f"{recipe.name}: job {job_id} on {request.nodes} node(s); its output: {folder.logs}")
     say(f"see it with: python -m pretrain status {folder.path}")
     return 0
+
+
+def _check_base(recipe_file: Path) -> None:
+    """
+    Raises:
+        UserError: only this folder leads to the base of the recipe, and the job runs in the repository.
+    """
+    base = read_mapping(recipe_file).get("base")
+    found = ROOT if base is None else find_base(recipe_file, str(base))
+    if found.absolute() != ROOT / found:
+        raise UserError(
+            f"{recipe_file} has base {base}, which was found in {Path.cwd()}, but the job runs in {ROOT}: make it "
+            "a path relative to the recipe, or a whole one"
+        )
 
 
 def _with_absolute_paths(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:

@@ -90,6 +90,23 @@ def test_the_job_means_the_same_from_another_folder(home, slurm, tmp_path, monke
     RunFolder(Path(there.run_folder)).check(there)  # the run that was claimed
 
 
+def test_a_base_that_the_job_finds_too(home, slurm, capfd, monkeypatch):
+    (home / "recipes").mkdir()
+    top = home / "recipes" / "top.yaml"
+    top.write_text("base: r.yaml\nseed: 3\n")
+    capfd.readouterr()
+    assert main(["train", str(top), "data.folder=none"]) == 2  # found here
+    assert "none is not prepared" in capfd.readouterr().err
+    assert main(["submit", str(top)]) == 2
+    assert f"has base r.yaml, which was found in {home}, but the job runs in {ROOT}" in capfd.readouterr().err
+    assert slurm.scripts == [] and not (home / "out").exists()
+    top.write_text("base: ../r.yaml\nseed: 3\n")
+    assert main(["submit", "recipes/top.yaml"]) == 0
+    words = shlex.split(slurm.scripts[0].splitlines()[-1])
+    monkeypatch.chdir(ROOT)
+    assert load_recipe(words[4], words[5:]).seed == 3
+
+
 def test_shown_and_nothing_else(home, slurm, capfd):
     before = set(home.rglob("*"))
     assert submit("--nodes", "2", "--ranks-per-node", "2", "parallel.tensor_model_parallel_size=2", "--dry-run") == 0
