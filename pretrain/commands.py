@@ -220,6 +220,7 @@ def _check_before_start(recipe: Recipe, world_size: int) -> PreparedData:
 
 def check_run(recipe: Recipe, world_size: int) -> PreparedData:
     """Everything that can be refused before ranks start, on any machine: layout, DeepSpeed's file, data."""
+    from pretrain.data.loader import check_length
     from pretrain.data.prepare import PreparedData
     from pretrain.training.deepspeed_config import deepspeed_config
 
@@ -228,6 +229,7 @@ def check_run(recipe: Recipe, world_size: int) -> PreparedData:
         raise UserError(f"{stop_file} asks this run to stop: delete it to go on")
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     prepared = PreparedData.open(recipe)
+    check_length(prepared, recipe)
     if recipe.model.init_from and not checkpoints_in(RunFolder(recipe.run_folder).checkpoints):
         from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
 

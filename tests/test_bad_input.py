@@ -150,6 +150,12 @@ def test_not_prepared_yet(write_recipe, capfd, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_too_little_text_for_one_sequence(write_recipe, capfd, tmp_path):
+    message = refused(capfd, "train", write_recipe(), "model.sequence_length=1000000")
+    assert "one sequence needs 1000001" in message and "give more text or shorten the sequences" in message
+    assert not (tmp_path / "runs").exists()
+
+
 def test_truncated_shard(write_recipe, capfd, tmp_path, prepared_recipe):
     folder = tmp_path / "copy"
     shutil.copytree(prepared_recipe.data.folder, folder)

@@ -40,6 +40,19 @@ def steps_per_epoch(prepared: PreparedData, recipe: Recipe) -> int:
     return max(1, -(-prepared.train_tokens // recipe.tokens_per_step))
 
 
+def check_length(prepared: PreparedData, recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: the train split is shorter than one sequence.
+    """
+    length = recipe.model.sequence_length
+    if prepared.train_tokens < length + 1:
+        raise UserError(
+            f"the train split of {prepared.folder} has {prepared.train_tokens} tokens, one sequence needs {length + 1} "
+            f"(model.sequence_length {length} and one more); give more text or shorten the sequences"
+        )
+
+
 def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None = None) -> Any:
     """Shuffled samples of the train split, at least ``samples`` of them.
 
@@ -53,12 +66,8 @@ def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None
     Raises:
         UserError: the split is shorter than one sequence, or the index cannot be written.
     """
+    check_length(prepared, recipe)
     length = recipe.model.sequence_length
-    if prepared.train_tokens < length + 1:
-        raise UserError(
-            f"the train split of {prepared.folder} has {prepared.train_tokens} tokens, one sequence needs {length + 1} "
-            f"(model.sequence_length {length} and one more); give more text or shorten the sequences"
-        )
     if samples is None:
         samples = recipe.batch.train_steps * recipe.batch.global_batch_size
     cache = prepared.folder / "index_cache" / _cache_key(prepared, length, recipe.seed, samples)

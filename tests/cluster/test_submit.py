@@ -226,6 +226,7 @@ def test_a_run_that_is_done(home, slurm, capfd, monkeypatch):
         (["--gpus-per-node", "1", "--ranks-per-node", "2"], "each rank needs a GPU of its own"),
         (["--sbatch-option=exclude"], "--sbatch-option is 'exclude', must be an option of sbatch"),
         (["data.folder=elsewhere"], "elsewhere is not prepared"),
+        (["model.sequence_length=1000000"], "one sequence needs 1000001"),
         (["parallel.sharding=zero9"], "parallel.sharding is 'zero9'"),
         (["model.num_layers=0"], "model.num_layers is 0, must be at least 1"),
     ],
