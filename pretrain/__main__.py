@@ -13,6 +13,11 @@ from pathlib import Path
 from pretrain.cluster.endings import STOPPED, begin_rank, log_folder, note_end
 from pretrain.errors import EXIT_USER_ERROR, SpikeError, UserError
 
+# What a file system says of a path that cannot be used, or of a disk.
+OF_THE_INPUT = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
@@ -32,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.on_all_ranks and os.environ.get("RANK", "0") != "0":
             return code
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR):
+        if error.errno not in OF_THE_INPUT:
             note_end(1, f"{type(error).__name__}: {error}")
             raise
         code, line = EXIT_USER_ERROR, f"error: cannot use {error.filename or 'a file'}: {error.strerror}"

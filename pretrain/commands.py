@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,13 +178,12 @@ def _evaluate_huggingface(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
+    _check_generation(options)
     folder = RunFolder(options.folder)
     checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
     if any(not given.startswith("device=") for given in options.overrides):
         raise UserError(f"generate takes {options.folder} as it was trained: only device=... may be given")
     recipe = _on_layout_of(checkpoint, _recipe_of(folder, options.overrides))
-    if options.temperature < 0:
-        raise UserError(f"--temperature is {options.temperature}, must not be negative")
     choose_device(recipe)
     quiet_third_party()
     if place_from_environment() is None:
@@ -199,6 +199,19 @@ def generate(options: argparse.Namespace) -> int:
         if topology.is_first:
             say(text)
     return 0
+
+
+def _check_generation(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: a temperature that is none, or a prompt that is not UTF-8.
+    """
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(f"--temperature is {options.temperature}, must be 0 or a finite number above it")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--prompt {options.prompt!r} is not UTF-8: {error.reason}; give it as UTF-8 text") from error
 
 
 def report(options: argparse.Namespace) -> None:

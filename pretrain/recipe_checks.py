@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pretrain.recipe import CorpusRecipe, ObjectiveRecipe, Recipe, SpikesRecipe
 
+MOST_NAME_BYTES = 255  # of file systems
+MOST_HANG_MINUTES = 525_600  # a year; clocks that count nanoseconds in 64 bits end at 292
+
 
 def problems_of(recipe: Recipe) -> list[str]:
     """A line for each; empty if the recipe can be run."""
@@ -99,6 +102,10 @@ def _range_problems(recipe: Recipe) -> list[str]:
         f"{key} is {value}, must be above 0" for key, value in positive.items() if value is not None and not value > 0
     ]
     problems += [f"{key} is {value}, must be finite" for key, value in numbers.items() if value == math.inf]
+    if MOST_HANG_MINUTES < recipe.hang_timeout_minutes < math.inf:
+        problems.append(
+            f"hang_timeout_minutes is {recipe.hang_timeout_minutes:g}, must be at most {MOST_HANG_MINUTES:,}; 0: off"
+        )
     problems += [f"{key} is {value}, must be in [0, 1)" for key, value in below_one.items() if not 0 <= value < 1]
     return problems
 
@@ -109,6 +116,10 @@ def _name_problems(recipe: Recipe) -> list[str]:
         problems.append(f"seed is {recipe.seed}, must be at least 0 and below 2**32")
     if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
         problems.append(f"name is {recipe.name!r}, must be a plain folder name: the run is written to output_root/name")
+    if (size := len(recipe.name.encode(errors="surrogatepass"))) > MOST_NAME_BYTES:
+        problems.append(f"name has {size} bytes, must have at most {MOST_NAME_BYTES}: it is the name of a folder")
+    if not recipe.name.isprintable() or '"' in recipe.name or "\\" in recipe.name:  # would end a line of a job script
+        problems.append(f"name is {recipe.name!r}, must have no double quotes, backslashes or control characters")
     if not recipe.data.folder:
         problems.append("data.folder is empty: name the folder for the tokenizer and the shards")
     return problems

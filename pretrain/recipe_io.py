@@ -18,8 +18,15 @@ from pretrain.recipe import Recipe
 SHIPPED = Path(__file__).parent / "recipes"
 
 
-class _NoDuplicates(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that is given twice; YAML would take the last."""
+class _Strict(yaml.SafeLoader):  # type: ignore[misc]
+    """Refuses a key that is given twice, of which YAML would take the last, and says where a date or number is none."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            said = f"{node.value!r} is no date or number: {error}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -88,7 +95,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         UserError: it is not YAML, no mapping, or a key is given twice.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -138,15 +145,31 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def override_value(override: str) -> Any:
+    """What stands behind the first = of an override, read as YAML.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    try:
+        return yaml.load(override.partition("=")[2], Loader=_Strict)
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"override {override!r}: the value is not YAML: {why}; text that begins with * or looks like a "
+            'date or number needs quotes, as in ["*.txt"]'
+        ) from error
+
+
 def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
-    key, equals, text = override.partition("=")
+    key, equals, _ = override.partition("=")
     if not equals or not key:
         problems.append(f"override {override!r} is not of the form section.key=value")
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        problems.append(f"override {override!r}: the value is not YAML")
+        value = override_value(override)
+    except UserError as error:
+        problems.append(str(error))
         return
     *sections, leaf = key.split(".")
     node = tree

@@ -77,6 +77,54 @@ def test_what_does_not_divide(write_recipe, capfd, tmp_path, overrides, part):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("name=2024-13-45", "'2024-13-45' is no date or number: month must be in 1..12"),
+        ("seed=0x_", "'0x_' is no date or number"),
+        ("data.corpus.train=[*.txt]", 'begins with * or looks like a date or number needs quotes, as in ["*.txt"]'),
+        ("name=\udcff", "the value is not YAML: unacceptable character"),
+        ('name=["a", {b: 1}', "the value is not YAML: expected"),
+    ],
+)
+def test_override_that_is_not_yaml(write_recipe, capfd, tmp_path, override, part):
+    message = refused(capfd, "train", write_recipe(), override)
+    assert part in message and f"override {override!r}: the value is not YAML" in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nb", "a\tb", "a\\", "a\x1b[31m"])
+def test_name_that_breaks_a_line_of_a_job_script(write_recipe, capfd, name):
+    message = refused(capfd, "train", write_recipe(), f"name={json.dumps(name)}")
+    assert f"name is {name!r}, must have no double quotes, backslashes or control characters" in message
+
+
+def test_name_that_is_too_long(write_recipe, capfd, tmp_path):
+    message = refused(capfd, "train", write_recipe(), f"name={'a' * 300}")
+    assert "name has 300 bytes, must have at most 255" in message
+    assert not (tmp_path / "runs").exists()
+    assert "error: cannot use aaa" in (message := refused(capfd, "train", "a" * 300))
+    assert "File name too long" in message
+
+
+@pytest.mark.parametrize("minutes", ["1e300", "525601"])
+def test_time_limit_beyond_all_clocks(write_recipe, capfd, tmp_path, minutes):
+    message = refused(capfd, "train", write_recipe(), f"hang_timeout_minutes={minutes}")
+    assert f"hang_timeout_minutes is {float(minutes):g}, must be at most 525,600" in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "-1"])
+def test_temperature_that_is_none(capfd, tmp_path, temperature):
+    message = refused(capfd, "generate", str(tmp_path), "--prompt", "x", f"--temperature={temperature}")
+    assert f"--temperature is {float(temperature)}, must be 0 or a finite number above it" in message
+
+
+def test_prompt_that_is_not_utf8(capfd, tmp_path):
+    message = refused(capfd, "generate", str(tmp_path), "--prompt", "x\udcff")
+    assert "--prompt 'x\\udcff' is not UTF-8" in message
+
+
 def test_two_ways_to_say_what_is_rare(write_recipe, capfd):
     message = refused(capfd, "train", write_recipe(), "objective.rare_fraction=0.3")
     assert "objective.alpha and objective.rare_fraction both say what is rare" in message
@@ -205,6 +253,9 @@ def test_recipe_that_is_not_one(capfd, tmp_path):
     assert "not a mapping" in refused(capfd, "train", str(path))
     path.write_text("a: [")
     assert "is not YAML" in refused(capfd, "train", str(path))
+    path.write_text("name: a\nseed: 0x_\n")
+    message = refused(capfd, "train", str(path))
+    assert "'0x_' is no date or number" in message and "line 2" in message
 
 
 @pytest.mark.parametrize("verb", [["evaluate"], ["generate", "--prompt", "x"], ["report"]])

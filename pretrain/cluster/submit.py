@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -55,6 +56,9 @@ RATES = 20  # last records whose median rate is taken
 def submit(options: argparse.Namespace) -> int:
     """See the verb; nothing is written or submitted unless all of it can be."""
     quiet_third_party()
+    rate = options.tokens_per_second
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"--tokens-per-second is {rate}, must be a finite number above 0")
     recipe, overrides = _with_absolute_paths(load_recipe(options.recipe, options.overrides), options.overrides)
     recipe_file = find_recipe(options.recipe).absolute()
     _check_base(recipe_file)
@@ -66,7 +70,7 @@ def submit(options: argparse.Namespace) -> int:
     launch = ["slurm/launch.sh", "train", str(recipe_file), *overrides]
     script = job_script(request, folder.logs, launch, site, "submit")
     if options.dry_run:
-        for line in _description(recipe, request, prepared, options.tokens_per_second):
+        for line in _description(recipe, request, prepared, rate):
             say(line)
         say(f"\n{folder.job_script} would be:\n\n{script}")
         return 0

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pretrain.errors import UserError
 from pretrain.evaluation.evaluation_file import look_up
-from pretrain.files import write_text
+from pretrain.files import make_folder, write_text
 from pretrain.report.comparison import caveats, verdicts
 from pretrain.report.facts import facts
 from pretrain.report.figure_style import colour, save_png, short
@@ -51,7 +51,7 @@ def write_report(run_folders: Sequence[Path], output: Path) -> list[Method]:
             f"--output {output} is not a page: name a file that ends in .html; figures and CSV go beside it"
         )
     methods = group_runs(read_runs(run_folders))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     pictures = []
     for figure in figures_of(methods):
         path = output.parent / "figures" / f"{figure.name}.png"

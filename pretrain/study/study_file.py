@@ -31,10 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pretrain.errors import RecipeError, UserError
-from pretrain.recipe_io import build, flatten, load_recipe, read_mapping, recipe_to_dict
+from pretrain.recipe_io import build, flatten, load_recipe, override_value, read_mapping, recipe_to_dict
 from pretrain.study.axes import AMOUNTS, OF_THE_STUDY, PLAIN_NAME, Axis, check_keys, read_axis, read_exclusion
 
 SHIPPED = Path(__file__).parents[1] / "studies"
@@ -136,13 +134,10 @@ def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
     path = find_study(name_or_path)
     tree = read_mapping(path)
     for override in overrides:
-        key, equals, text = override.partition("=")
+        key, equals, _ = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: the value is not YAML") from None
+        value = override_value(override)
         if key in OF_THE_STUDY:
             tree[key] = value
         else:

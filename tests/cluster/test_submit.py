@@ -222,6 +222,8 @@ def test_a_run_that_is_done(home, slurm, capfd, monkeypatch):
         (["--nodes", "3"], "is not a multiple of batch.micro_batch_size x data-parallel size"),
         (["--time", "yesterday"], "--time is 'yesterday', must be minutes"),
         (["--time", "0"], "no time at all"),
+        (["--tokens-per-second", "nan", "--time", "30"], "--tokens-per-second is nan, must be a finite number above 0"),
+        (["--tokens-per-second=-5", "--time", "30"], "--tokens-per-second is -5.0, must be a finite number above 0"),
         (["--array", "1-10"], "one at a time, as in 1-10%1"),
         (["--gpus-per-node", "1", "--ranks-per-node", "2"], "each rank needs a GPU of its own"),
         (["--sbatch-option=exclude"], "--sbatch-option is 'exclude', must be an option of sbatch"),

@@ -198,3 +198,8 @@ def test_a_page_is_html(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"--output .*{name} is not a page: name a file that ends in \.html"):
         write_report([write_run(tmp_path, "one")], tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot create the folder /proc/none: No such file or directory"):
+        write_report([write_run(tmp_path, "one")], Path("/proc/none/page.html"))

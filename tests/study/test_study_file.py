@@ -86,6 +86,8 @@ def test_all_problems_at_once(write):
 def test_unknown_study_and_overrides(write):
     with pytest.raises(UserError, match="no study 'slow'.* shipped .*quick"):
         load_study("slow")
+    with pytest.raises(UserError, match="override 'seed=0x_': the value is not YAML: '0x_' is no date or number"):
+        load_study("quick", ["seed=0x_"])
     with pytest.raises(UserError, match="override 'seed' is not of the form"):
         load_study(write(), ["seed"])
     with pytest.raises(RecipeError, match="set: unknown key model.hiden_size; did you mean model.hidden_size"):
