@@ -131,5 +131,5 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="only SentencePiece models of type bpe and unigram"):
         loaded(given(tmp_path / "char.model", model_type="char", hard_vocab_limit=False), tmp_path / "char")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"pip install 'agg-pretrain\[huggingface\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[huggingface\]'"):
         loaded(trained(tmp_path / "tokenizer.model"), tmp_path / "out")

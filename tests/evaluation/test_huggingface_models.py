@@ -111,7 +111,7 @@ def test_what_is_missing_is_said(exported, tmp_path, capfd, monkeypatch):
     message = refused(capfd, root / "out", *data, *output, "model.sequence_length=64")
     assert "sees 32 tokens at most: give model.sequence_length=32 or less" in message
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'agg-pretrain[huggingface]'" in refused(capfd, root / "out", *data, *output)
+    assert "pip install -e '.[huggingface]'" in refused(capfd, root / "out", *data, *output)
 
 
 def test_folders_that_are_no_causal_language_models(exported, tmp_path, capfd):

@@ -16,7 +16,8 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 def missing_packages(error: ImportError) -> UserError:
     return UserError(
-        f"Hugging Face folders need packages that are not installed ({error}): pip install 'agg-pretrain[huggingface]'"
+        f"Hugging Face folders need packages that are not installed ({error}): pip install -e '.[huggingface]' in the "
+        "repository"
     )
 
 
