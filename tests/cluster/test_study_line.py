@@ -52,7 +52,7 @@ def test_refused(study, capsys, file, index, words):
     assert message.startswith("error: ") and words in message
 
 
-@pytest.mark.parametrize("name", ["prepare", "evaluate", "study"])
+@pytest.mark.parametrize("name", ["prepare", "train", "evaluate", "study"])
 def test_job_scripts_say_where_they_belong(tmp_path, name):
     """Submitted from another folder than the repository, where their paths lead nowhere."""
     done = subprocess.run(
