@@ -6,7 +6,8 @@ In Megatron-LM: return ``GatedGPTModel`` from ``model_provider``. Before ``forwa
 micro-batches of the step, set labels to -100 where the loss mask is 0, give them to ``begin_step``, and hand on
 ``iter(batches)``. Let ``loss_func`` return the sum and how many labels it is over, with
 ``--calculate-per-token-loss``. Here a plain loop stands for its schedules and optimizer, which need a GPU. With context
-parallelism the group of the counts is ``parallel_state.get_data_parallel_group(with_context_parallel=True)``.
+parallelism the group of the counts is ``parallel_state.get_data_parallel_group(with_context_parallel=True)``. With
+pipeline parallelism only the last stage has the loss, and only it calls ``begin_step``.
 
 Letters: B sequences, S tokens of a sequence, D hidden size, V_padded rows of the whole output embedding.
 """
@@ -36,7 +37,8 @@ class GatedGPTModel(GPTModel):  # type: ignore[misc]
     def __init__(self, loss_of: AdaptiveGradientGating, **arguments: Any) -> None:
         super().__init__(**arguments)
         object.__setattr__(self, "loss_of", loss_of)  # no submodule: checkpoints keep the names they have
-        self.output_layer.forward = lambda hidden, **_: (hidden, None)  # its weight stays, its matmul goes
+        if self.post_process:
+            self.output_layer.forward = lambda hidden, **_: (hidden, None)  # its weight stays, its matmul goes
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """int64 [B, S], and what the output layer passed on: hidden states [S, B, D]."""
