@@ -16,6 +16,7 @@ POLICY_KEYS = (
     "zero_force_ds_cpu_optimizer", "communication_data_type", "steps_per_print", "wall_clock_breakdown", "comms_logger",
     "flops_profiler", "aio", "activation_checkpointing", "prescale_gradients", "gradient_predivide_factor",
 )  # fmt: skip
+OF_THE_RECIPE = ("optimizer", "scheduler", "fp16")  # a file must not set them
 SHIPPED = Path(__file__).resolve().parents[2] / "deepspeed_configs"
 
 
@@ -46,7 +47,7 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
     if problems:
         raise RecipeError(problems, f"the sharding of {recipe.name}")
     merged = _fill(policy, owned, "", str(path), problems)
-    for forbidden in ("optimizer", "scheduler", "fp16"):
+    for forbidden in OF_THE_RECIPE:
         if forbidden in policy:
             problems.append(f"{path} sets {forbidden!r}, which the recipe owns; remove it there")
     if problems:
@@ -79,9 +80,10 @@ def zero_stage(config: dict[str, Any]) -> int:
 def _policy_problems(policy: dict[str, Any], path: str) -> list[str]:
     """What DeepSpeed would not take, or would ignore, and what would keep us from refusing a step."""
     problems = []
+    known = [key for key in POLICY_KEYS if key not in OF_THE_RECIPE]
     for key in policy:
         if key not in POLICY_KEYS:
-            hint = nearest(key, POLICY_KEYS) or f"; known here: {', '.join(POLICY_KEYS)}"
+            hint = nearest(key, POLICY_KEYS) or f"; known here: {', '.join(known)}"
             problems.append(f"{path} has {key!r}, which is not handed to DeepSpeed{hint}")
     zero = policy.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
