@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.checkpointing.folder import (
     check_whole,
@@ -73,7 +73,7 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
             make_folder(folder.path)
             lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             forget_incarnation(folder.path)
-            _set_aside(options, folder, identity_of(recipe, prepared))
+            _set_aside(options, folder, recipe, prepared)
             folder.claim(recipe, given, allow_changes=options.allow_changes)
             if place is None and is_done(recipe):
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
@@ -263,7 +263,7 @@ def _check_evaluation(recipe: Recipe) -> None:
         read_encoded(Path(name), words_in_text(tokenizer))
 
 
-def _set_aside(options: argparse.Namespace, folder: RunFolder, identity: dict[str, Any]) -> None:
+def _set_aside(options: argparse.Namespace, folder: RunFolder, recipe: Recipe, prepared: PreparedData) -> None:
     """What ``--from-scratch`` or ``--resume-from`` leave behind; once, however often SLURM starts the same command."""
     if not options.from_scratch and options.resume_from is None:
         return
@@ -274,7 +274,7 @@ def _set_aside(options: argparse.Namespace, folder: RunFolder, identity: dict[st
         aside = folder.start_again()
     else:
         checkpoint = choose_checkpoint(folder.checkpoints, options.resume_from)
-        check_identity(checkpoint, identity, CHANGEABLE if options.allow_changes else ())
+        check_identity(checkpoint, identity_of(recipe, prepared), CHANGEABLE if options.allow_changes else ())
         aside = folder.go_back_to(options.resume_from)
     if aside is not None:
         say(f"what was there is kept in {aside}")

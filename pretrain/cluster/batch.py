@@ -49,8 +49,9 @@ def _begin(arguments: Sequence[str]) -> int:
     if is_training:
         step = _saved_step(folder)
         earlier = _begins(folder, job)
-        if step < _last_step(options) and _stuck(earlier, step):
-            print(f"error: {_words_for_stuck(earlier, step)}", file=sys.stderr)
+        trouble = _trouble_of_training(folder, job, step)
+        if trouble and step < _last_step(options):
+            print(f"error: {trouble}", file=sys.stderr)
             return EXIT_BROKEN
         take_over(folder.path, job)
         _say_what_was_before(folder, earlier)
@@ -72,15 +73,15 @@ def _end(logs: Path, launcher_code: int) -> int:
     job, world_size = job_from_environment(), int(os.environ["PRETRAIN_WORLD_SIZE"])
     folder = RunFolder(logs.parent.parent)
     ending = how_it_ended(logs, world_size, launcher_code)
-    step, earlier = _saved_step(folder), _begins(folder, job)
+    is_training, step = logs.name == job.incarnation, _saved_step(folder)
     action, code = {0: "done", STOPPED: "stopped"}.get(ending.code, "failed"), ending.code
     reason = ending.reason
     if _wants_to_go_on(ending, job):
-        if _stuck(earlier, step):
-            action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {_words_for_stuck(earlier, step)}"
+        trouble = _trouble_of_training(folder, job, step) if is_training else _trouble_of_others(logs, job)
+        if trouble:
+            action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {trouble}"
         else:
             action = "requeued"
-    is_training = logs.name == job.incarnation
     if is_training:
         _record_end(folder, job, {"code": code, "reason": reason, "step": step, "action": action})
     where = f" (logs of each rank: {logs})" if action == "failed" else ""
@@ -128,17 +129,24 @@ def _begins(folder: RunFolder, job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def _stuck(begins: Sequence[dict[str, Any]], step: int) -> bool:
-    last = begins[-BEGINS_WITHOUT_PROGRESS:]
-    return len(last) == BEGINS_WITHOUT_PROGRESS and all(event["step"] == step for event in last)
-
-
-def _words_for_stuck(begins: Sequence[dict[str, Any]], step: int) -> str:
-    starts = ", ".join(event["incarnation"] for event in begins[-BEGINS_WITHOUT_PROGRESS:])
+def _trouble_of_training(folder: RunFolder, job: Job, step: int) -> str:
+    """Why it should not start again by itself; empty if it may."""
+    last = _begins(folder, job)[-BEGINS_WITHOUT_PROGRESS:]
+    if len(last) < BEGINS_WITHOUT_PROGRESS or any(event["step"] != step for event in last):
+        return ""
+    starts = ", ".join(event["incarnation"] for event in last)
     return (
         f"no progress in {BEGINS_WITHOUT_PROGRESS} starts in a row ({starts}): all began at step {step:,} and saved "
         "nothing newer. Give it more time, save more often (checkpoint.every_steps), and submit it again"
     )
+
+
+def _trouble_of_others(logs: Path, job: Job) -> str:
+    """The same of a verb that starts from its beginning each time; the first start may follow a training."""
+    starts = len(list(logs.parent.glob(f"{job.job_id}.*{logs.suffix}")))
+    if starts <= BEGINS_WITHOUT_PROGRESS:
+        return ""
+    return f"in {starts} starts of the job it was not done. Give it more time, and submit it again"
 
 
 def _say_what_was_before(folder: RunFolder, earlier: Sequence[dict[str, Any]]) -> None:

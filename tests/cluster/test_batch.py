@@ -168,6 +168,17 @@ def test_an_evaluation_that_runs_out_of_time_starts_again(slurm, arguments, caps
     assert capsys.readouterr().out == "job 7.0 requeued: interrupted (SIGUSR1)\n"
 
 
+def test_an_evaluation_that_never_has_time_enough(slurm, capsys, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    for restarts in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        logs = begin(["evaluate", str(run)], capsys)
+        assert batch.main(["end", str(logs), "138"]) == (75, 75, 1)[restarts]
+    assert slurm.read_text().count("requeue 7") == 2
+    assert "interrupted (SIGUSR1); in 3 starts of the job it was not done" in capsys.readouterr().out
+
+
 def test_reshard_takes_the_run_over(slurm, tmp_path, capsys):
     """It writes a checkpoint, which only the incarnation that has the run may."""
     run = tmp_path / "run"
