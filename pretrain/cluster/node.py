@@ -35,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     first = ask(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()[0]
     # slurmd allows cores of any size, and a rank's is as large as its memory.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    # A gloo group takes three descriptors for each other rank; the usual limit of 1,024 ends at 340 ranks.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if arguments[0] == "train":
         hold_back_signals()
     # Another one for each start, as ranks of an older one may live on.
