@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pretrain.errors import UserError
 
@@ -82,28 +82,47 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, doing: str, way_out: str = "wait until it ends", *, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, doing: str, way_out: str = "wait until it ends", *, wait: bool = False) -> Iterator[bool]:
     """Hold the one lock of a folder. It ends with the process, however that ends.
-
-    Where the file system has no locks, that is said, and it is up to people to start one process at a time.
 
     Args:
         doing: what the lock protects, for the message.
         wait: wait for the other holder; otherwise refuse.
+
+    Yields:
+        Whether it is held, see :func:`lock_file`.
 
     Raises:
         UserError: another process holds it, and ``wait`` is False.
     """
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = lock_file(file, f"{doing} {folder}", wait=wait)
         except BlockingIOError:
             raise UserError(f"another process is {doing} {folder}; {way_out}") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"{folder}: {error.strerror}: see to it that nothing else is {doing} it", file=sys.stderr)
-        yield
+        yield held
+
+
+def lock_file(file: IO[Any], doing: str, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed.
+
+    Args:
+        doing: what the lock protects, for the message.
+
+    Returns:
+        False where the file system has no locks. That is said, and it is up to people to start one process at a time.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and ``wait`` is False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"no lock on {file.name} ({error.strerror}): see to it that nothing else is {doing}", file=sys.stderr)
+        return False
+    return True
 
 
 def make_folder(path: Path) -> Path:

@@ -146,7 +146,7 @@ def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
      ('{"wall_clock_breakdown": "auto"}', "the recipe does not own that value"),
      ('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}', "reduce_bucket_size = auto"),
      ('{"zero_optimizatoin": {"stage": 1}}', "did you mean zero_optimization?"),
-     ('{"bananas": 5}', "'bananas', which is not handed to DeepSpeed; known here: train_batch_size"),
+     ('{"bananas": 5}', "'bananas', which is no key of such a file here; known here: train_batch_size"),
      ('{"zero_optimization": {"overlap_com": true}}', "did you mean zero_optimization.overlap_comm?"),
      ('{"zero_optimization": {"reduce_bucket_size": "big"}}', "zero_optimization.reduce_bucket_size = 'big'"),
      ('{"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}}', "offload_param.devise, which DeepS"),
@@ -155,6 +155,7 @@ def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
      ('{"bf16": {"enabld": false}}', "did you mean bf16.enabled?"),
      ('{"comms_logger": {"verbos": true}}', "did you mean comms_logger.verbose?"),
      ('{"data_types": "fp32"}', "data_types 'fp32', must be an object"),
+     ('{"flops_profiler": 5}', "flops_profiler 5, must be an object"),
      ('{"zero_optimization": {"stage": "two"}}', "must be an object with stage 0, 1, 2 or 3"),
      ('{"bf16": true}', "bf16 True, must be an object")],
 )  # fmt: skip

@@ -48,12 +48,9 @@ def check_identity(checkpoint: Path, now: dict[str, Any], free: tuple[str, ...] 
     different = [key for key in keys if there.get(key) != here.get(key)]
     if different:
         words = "; ".join(f"{key}: saved with {there.get(key)}, now {here.get(key)}" for key in different)
-        way_out = ". --allow-changes of train goes on from it" if all(map(_is_changeable, different)) else ""
+        may_change = not free and all(key.startswith(CHANGEABLE) for key in different)
+        way_out = ". --allow-changes of train goes on from it" if may_change else ""
         raise CheckpointError(f"{checkpoint} is of another run ({words}){way_out}")
-
-
-def _is_changeable(key: str) -> bool:
-    return key.startswith(CHANGEABLE)
 
 
 def _settings_by_default() -> dict[str, Any]:

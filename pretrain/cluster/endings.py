@@ -191,8 +191,8 @@ def _is_consequence(failure: dict[str, Any]) -> bool:
 
 
 def _is_by_signal(failure: dict[str, Any]) -> bool:
-    """By the one before the time limit, or by a launcher that takes its ranks along."""
-    return failure["code"] in (-signal.SIGUSR1, -signal.SIGTERM, INTERRUPTED, TERMINATED)
+    """By the one before the time limit, or because a launcher or another rank had gone by it."""
+    return failure["code"] in (-signal.SIGUSR1, INTERRUPTED, TERMINATED) or _is_consequence(failure)
 
 
 def _name(ranks: list[int], records: dict[int, dict[str, Any]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from pretrain.console import bytes_in_words, say
 from pretrain.data.loader import steps_per_epoch
 from pretrain.data.prepare import PreparedData
 from pretrain.errors import UserError
-from pretrain.files import make_folder, write_text
+from pretrain.files import lock_file, make_folder, write_text
 from pretrain.model.size import model_size
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
@@ -206,7 +205,7 @@ def _hand_over(folder: RunFolder, recipe: Recipe, given: str, script: str, reque
     make_folder(folder.logs)
     with folder.jobs_file.open("a") as jobs_file:
         try:
-            fcntl.flock(jobs_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(jobs_file, f"submitting {folder.path}")
         except BlockingIOError:
             raise UserError(f"another submit of {folder.path} is under way") from None
         with _undone_on_error(folder, new_folders):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import bar
-from pretrain.data.workers import Workers
+from pretrain.data.workers import workers
 from pretrain.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -137,10 +137,8 @@ def _module_docstrings(processes: int, show: bool) -> Iterator[tuple[str, list[s
                 progress.update()
                 yield result
             return
-        with Workers(processes) as workers:
-            parsed = workers.pool.imap(_parse, sources)
-            for _ in sources:
-                result = workers.wait_for(parsed.next)
+        with workers(processes) as pool:
+            for result in pool.map(_parse, sources, chunksize=16):
                 progress.update()
                 yield result
 

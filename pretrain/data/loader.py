@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pretrain.cluster.job import node_name
 from pretrain.data.prepare import PreparedData
 from pretrain.errors import UserError
 from pretrain.files import folder_lock
@@ -176,16 +177,22 @@ def _write_index(prepared: PreparedData, cache: Path, config: Any, samples: int)
         return
     with _explained_index_errors(prepared.folder):
         cache.parent.mkdir(exist_ok=True)
-        with folder_lock(cache.parent, "indexing", wait=True):
+        with folder_lock(cache.parent, "indexing", wait=True) as held:
             if cache.is_dir():
                 return
-            building = cache.with_name(cache.name + ".building")
+            # Without a lock another run may build the same.
+            building = cache.with_name(f"{cache.name}{'' if held else f'.{node_name()}.{os.getpid()}'}.building")
             shutil.rmtree(building, ignore_errors=True)
             config.path_to_cache = str(building)
             low_level = IndexedDataset(prepared.prefix("train"))
             indices = np.arange(len(low_level), dtype=np.int32)
             GPTDataset(low_level, prepared.prefix("train"), indices, samples, Split.train, config)
-            os.replace(building, cache)
+            try:
+                os.replace(building, cache)
+            except OSError:
+                if held or not cache.is_dir():
+                    raise
+                shutil.rmtree(building)  # the other one was faster
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pretrain.data.corpus import SPLITS, Split, documents, source_files
 from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
 from pretrain.data.shards import count_tokens, shard_paths, update_text_hash, write_split
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines
-from pretrain.data.workers import Workers
+from pretrain.data.workers import workers
 from pretrain.errors import UserError
 from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
 from pretrain.recipe import DataRecipe, Recipe
@@ -133,14 +134,14 @@ class _Preparation:
         self._begin(sources)
         with contextlib.ExitStack() as stack:
             stack.callback(self._remove_temporaries)  # after the workers have ended: one may be stopped while it writes
-            workers = None
+            pool = None
             if self.data.prepare_processes > 1:
-                workers = stack.enter_context(Workers(self.data.prepare_processes))
+                pool = stack.enter_context(workers(self.data.prepare_processes))
             if self.data.corpus.source == "embedded":
                 corpus = embedded.collect(self.data.prepare_processes, show=True)
                 write_json(self.folder / PROVENANCE_NAME, corpus.provenance)
             tokenizer, train_documents = self._tokenizer()
-            splits: dict[str, SplitManifest] = {split: self._split(split, train_documents, workers) for split in SPLITS}
+            splits: dict[str, SplitManifest] = {split: self._split(split, train_documents, pool) for split in SPLITS}
         counts = count_tokens(self.folder / "train", tokenizer.vocab_size)
         with replacing(self.folder / COUNTS_NAME) as temporary, temporary.open("wb") as file:
             np.save(file, counts)
@@ -217,7 +218,7 @@ class _Preparation:
         write_json(record, {"sha256": tokenizer.sha256, "train_documents": count})
         return tokenizer, count
 
-    def _split(self, split: Split, train_documents: int, workers: Workers | None) -> SplitManifest:
+    def _split(self, split: Split, train_documents: int, pool: ProcessPoolExecutor | None) -> SplitManifest:
         record, prefix = self.partial / f"{split}.json", self.folder / split
         if record.exists():
             entry = SplitManifest(**json.loads(record.read_text()))
@@ -228,7 +229,7 @@ class _Preparation:
         with bar(total, f"tokenizing {split}", "documents") as progress:
             texts = documents(self.data.corpus, split)
             tokenizer_path = self.folder / TOKENIZER_NAME
-            entry = write_split(prefix, texts, tokenizer_path, self.partial / f"{split}-chunks", workers, progress)
+            entry = write_split(prefix, texts, tokenizer_path, self.partial / f"{split}-chunks", pool, progress)
         write_json(record, dataclasses.asdict(entry))
         return entry
 

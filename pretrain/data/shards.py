@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing.pool
 import shutil
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from pretrain.data.manifest import SplitManifest
 from pretrain.data.tokenizer import Tokenizer
-from pretrain.data.workers import Workers
 from pretrain.files import file_sha256, replacing, write_json
 
 with warnings.catch_warnings():
@@ -52,7 +51,7 @@ def write_split(
     texts: Iterable[str],
     tokenizer_path: Path,
     chunk_folder: Path,
-    workers: Workers | None,
+    pool: ProcessPoolExecutor | None,
     progress: tqdm[Any],
 ) -> SplitManifest:
     """Tokenize documents, an eos after each, to ``PREFIX.bin`` and ``PREFIX.idx``.
@@ -60,7 +59,7 @@ def write_split(
     Args:
         texts: the documents, in order.
         chunk_folder: where chunks are kept until the shard is whole; it is removed then.
-        workers: None: work in this process.
+        pool: None: work in this process.
         progress: counts documents.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
@@ -72,7 +71,7 @@ def write_split(
         for number, documents in enumerate(_in_chunks(texts))
     )
     chunks = []
-    for chunk in _in_order(workers, tasks):
+    for chunk in _in_order(pool, tasks):
         chunks.append(chunk)
         progress.update(chunk.documents)
     _join(prefix, [chunk.prefix for chunk in chunks], tokenizer.vocab_size)
@@ -184,19 +183,20 @@ def _digest(documents: list[str], tokenizer_sha256: str, text_hash: Any) -> str:
     return chunk_hash.hexdigest()
 
 
-def _in_order(workers: Workers | None, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Chunk]:
-    """Chunks in the order of their tasks, with few tasks in memory: ``Pool.imap`` would read the whole corpus ahead."""
-    if workers is None:
+def _in_order(pool: ProcessPoolExecutor | None, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Chunk]:
+    """Chunks in the order of their tasks, with few tasks in memory: ``pool.map`` would read the whole corpus ahead."""
+    if pool is None:
         for task in tasks:
             yield encode_chunk(*task)
         return
-    pending: deque[multiprocessing.pool.AsyncResult[Chunk]] = deque()
+    ahead = 2 * pool._max_workers  # type: ignore[attr-defined]
+    pending: deque[Future[Chunk]] = deque()
     for task in tasks:
-        pending.append(workers.pool.apply_async(encode_chunk, task))
-        if len(pending) > 2 * workers.processes:
-            yield workers.wait_for(pending.popleft().get)
+        pending.append(pool.submit(encode_chunk, *task))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
     while pending:
-        yield workers.wait_for(pending.popleft().get)
+        yield pending.popleft().result()
 
 
 def _join(prefix: Path, chunk_prefixes: list[str], vocab_size: int) -> None:

@@ -1,52 +1,47 @@
-"""Processes that share the work of ``prepare``; one that is killed is told, where ``multiprocessing`` would wait."""
+"""Processes that share the work of ``prepare``."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import multiprocessing.pool
+import os
 import signal
-from collections.abc import Callable
-from typing import TypeVar
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from pretrain.errors import UserError
 
-Result = TypeVar("Result")
-LOOK_SECONDS = 1.0
+
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Forked processes, which end with the block or with this process; open it before threads are started.
+
+    Raises:
+        UserError: one of them was killed; nothing that it worked on would come.
+    """
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), initializer=_begin)
+    try:
+        pool.submit(os.getpid).result()  # the first task forks them all
+        yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {processes} worker processes was killed, probably because memory ran out: set "
+            "data.prepare_processes lower and run it again, it continues"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-class Workers:
-    """Forked processes; open it before threads are started. Leaving it ends them, also after an error."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-        self.pool = multiprocessing.get_context("fork").Pool(processes, initializer=_ignore_interrupts)
-        self._first = self._alive()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.terminate()
-
-    def wait_for(self, get: Callable[[float], Result]) -> Result:
-        """``get(seconds)`` of something that the pool gave, however long it takes.
-
-        Raises:
-            UserError: a worker is gone, and what it worked on will not come: the pool starts another in its place.
-        """
-        while True:
-            try:
-                return get(LOOK_SECONDS)
-            except multiprocessing.TimeoutError:
-                if self._alive() != self._first:
-                    raise UserError(
-                        f"one of {self.processes} worker processes was killed, probably because memory ran out: set "
-                        "data.prepare_processes lower and run it again, it continues"
-                    ) from None
-
-    def _alive(self) -> set[int | None]:
-        return {process.pid for process in self.pool._pool if process.is_alive()}  # type: ignore[attr-defined]
-
-
-def _ignore_interrupts() -> None:
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for its next task would not see that nobody is there any more to give it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pretrain.checkpointing.folder import checkpoints_in, step_of
 from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.catalogue import main_measures
 from pretrain.report.formatting import absent, compact, fixed, percents
@@ -86,13 +87,17 @@ def caveats(methods: Sequence[Method]) -> list[str]:
 
 def _trained_on(records: Sequence[RunRecord]) -> list[str]:
     """Of each run whose metrics go on after the checkpoint that was evaluated."""
-    return [
-        f"{record.name} was evaluated at step {evaluated:,}, the run is at step {record.last_step:,}: evaluate it "
-        "again. The table and what is said of it are of the former, the figures of training and the recipe of the "
-        "latter."
-        for record in records
-        if (evaluated := record.evaluation["checkpoint_step"]) is not None and record.last_step > evaluated
-    ]
+    found = []
+    for record in records:
+        evaluated = record.evaluation["checkpoint_step"]
+        if evaluated is not None and record.last_step > evaluated:
+            newer = [path for path in checkpoints_in(record.folder / "checkpoints") if step_of(path) > evaluated]
+            found.append(
+                f"{record.name} was evaluated at step {evaluated:,}, the run is at step {record.last_step:,}"
+                f"{': evaluate it again' * bool(newer)}. The table and what is said of it are of the former, the "
+                "figures of training and the recipe of the latter."
+            )
+    return found
 
 
 def _many_comparisons(methods: Sequence[Method]) -> list[str]:

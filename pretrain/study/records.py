@@ -12,7 +12,6 @@ They are made of evaluations, recipes and states, never of logs.
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ import pyarrow.parquet
 
 from pretrain.errors import UserError
 from pretrain.evaluation.evaluation_file import read_evaluation
-from pretrain.files import file_sha256, replacing
+from pretrain.files import file_sha256, lock_file, replacing
 from pretrain.model.size import training_flops_per_token
 from pretrain.recipe_io import flatten
 from pretrain.run_folder import RunFolder
@@ -54,7 +53,7 @@ def write_records(study_folder: Path) -> Path:
     folder = StudyFolder(study_folder)
     folder.plan()  # before a lock is written beside it
     with (study_folder / ".records.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, f"writing the records of {study_folder}", wait=True)
         plan = folder.plan()
         rows = [row for name, run in plan["runs"].items() for row in _rows(folder.run(name), plan, run)]
         table = _table(rows, list(plan["axes"]))

@@ -15,6 +15,7 @@ POLICY_KEYS = (
     "fp16", "optimizer", "scheduler", "zero_optimization", "zero_allow_untested_optimizer", "data_types",
     "zero_force_ds_cpu_optimizer", "communication_data_type", "steps_per_print", "wall_clock_breakdown", "comms_logger",
     "flops_profiler", "aio", "activation_checkpointing", "prescale_gradients", "gradient_predivide_factor",
+    "checkpoint", "dump_state", "memory_breakdown",
 )  # fmt: skip
 OF_THE_RECIPE = ("optimizer", "scheduler", "fp16")  # a file must not set them
 SHIPPED = Path(__file__).resolve().parents[2] / "deepspeed_configs"
@@ -84,12 +85,12 @@ def _policy_problems(policy: dict[str, Any], path: str) -> list[str]:
     for key in policy:
         if key not in POLICY_KEYS:
             hint = nearest(key, POLICY_KEYS) or f"; known here: {', '.join(known)}"
-            problems.append(f"{path} has {key!r}, which is not handed to DeepSpeed{hint}")
+            problems.append(f"{path} has {key!r}, which is no key of such a file here{hint}")
     zero = policy.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"{path} has zero_optimization {zero!r}, must be an object with stage 0, 1, 2 or 3")
         return problems
-    for section in ("bf16", "comms_logger", "data_types"):
+    for section in ("bf16", "comms_logger", "data_types", "flops_profiler", "aio", "activation_checkpointing"):
         if not isinstance(policy.get(section, {}), dict):
             problems.append(f"{path} has {section} {policy[section]!r}, must be an object")
     for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):

@@ -142,7 +142,7 @@ MUTANTS = {
     "the data go on one sample later": (
         checkpoint,
         "Progress",
-        lambda step, samples, *rest: Progress(step, samples + 1, *rest),
+        lambda step, samples, *rest, **more: Progress(step, samples + 1, *rest, **more),
     ),
     "token counts are not loaded": (GatedObjective, "load_state_dict", lambda objective, states: None),
 }

@@ -52,6 +52,8 @@ def test_what_does_not_listen_to_the_signal_before_the_time_limit(tmp_path, said
         node(tmp_path, "node0", **said)
     ending = how_it_ended(tmp_path, 2, 138)
     assert (ending.code, ending.reason, ending.stopped_by) == (75, "interrupted (SIGUSR1)", {"SIGUSR1"})
+    rank(tmp_path, 1, 1, GLOO)
+    assert how_it_ended(tmp_path, 2, 138).code == 75
     rank(tmp_path, 1, 2, "no such file")
     assert how_it_ended(tmp_path, 2, 138).code != 75, "it failed before"
 

@@ -1,4 +1,9 @@
 import dataclasses
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +145,27 @@ def test_unfinished_index_is_built_again(recipe: Recipe, prepared: PreparedData,
     damaged.write_bytes(b"")
     assert rows(steps_of(training_dataset(prepared, other), 0, 1)[0]) == expected
     assert cache.is_dir() and not building.exists()
+
+
+def test_two_runs_that_index_at_once_without_locks(
+    recipe: Recipe, prepared: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is done first."""
+    other, replace = dataclasses.replace(recipe, seed=79), os.replace
+
+    def too_late(building: Path, cache: Path) -> None:
+        shutil.copytree(building, cache)
+        replace(building, cache)
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "replace", too_late)
+    dataset = training_dataset(prepared, other)
+    monkeypatch.undo()
+    assert rows(steps_of(dataset, 0, 1)[0]) == rows(steps_of(training_dataset(prepared, other), 0, 1)[0])
+    assert not list((prepared.folder / "index_cache").glob("*.building"))
 
 
 def test_too_little_data_for_one_sequence(recipe: Recipe, prepared: PreparedData) -> None:

@@ -211,12 +211,10 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     prepare(recipe)
     prepared = PreparedData.open(recipe)
     assert len(training_dataset(prepared, recipe)) > 0
-    words = capfd.readouterr().err
-    for doing in (
-        f"{tmp_path / 'data'}: Function not implemented: see to it that nothing else is preparing it",
-        "indexing",
-    ):
-        assert doing in words
+    data, words = tmp_path / "data", capfd.readouterr().err
+    assert f"no lock on {data / '.lock'} (Function not implemented): see to it that nothing else is preparing" in words
+    assert f"nothing else is indexing {data / 'index_cache'}" in words
+    assert [path.name.count(".") for path in (data / "index_cache").iterdir() if path.is_dir()] == [0]
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""A worker of ``prepare`` that is killed, as by the kernel when memory runs out."""
+"""A worker of ``prepare`` that is killed, as by the kernel when memory runs out; and workers whose parent is."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,18 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from pretrain.data.prepare import PreparedData, prepare
-from pretrain.data.workers import Workers
+from pretrain.data.workers import workers
 from pretrain.errors import UserError
 from tests.data.helpers import text_recipe
 
-
-def die(_: int) -> None:
+KILLED = "one of 2 worker processes was killed, probably because memory ran out: set data.prepare_processes lower"
+ORPHANS = """
+import os, signal
+from pretrain.data.workers import workers
+with workers(3) as pool:
+    print(*pool._processes, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def double(number: int) -> int:
@@ -28,32 +36,59 @@ def fail(number: int) -> None:
     raise LookupError(f"no {number}")
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_results_and_errors_come_through() -> None:
-    with Workers(2) as workers:
-        assert [workers.wait_for(workers.pool.apply_async(double, (n,)).get) for n in range(4)] == [0, 2, 4, 6]
+    with workers(2) as pool:
+        assert len(pool._processes) == 2  # forked before anything was given to them
+        assert list(pool.map(double, range(4), chunksize=3)) == [0, 2, 4, 6]
         with pytest.raises(LookupError, match="no 3"):
-            workers.wait_for(workers.pool.apply_async(fail, (3,)).get)
-        numbers = workers.pool.imap(double, range(3))
-        assert [workers.wait_for(numbers.next) for _ in range(3)] == [0, 2, 4]
+            pool.submit(fail, 3).result()
 
 
-def test_a_killed_worker_is_told() -> None:
-    with (
-        Workers(2) as workers,
-        pytest.raises(UserError, match="one of 2 worker processes was killed, probably because"),
-    ):
-        workers.wait_for(workers.pool.apply_async(die, (1,)).get)
+def test_a_worker_that_is_killed_at_work() -> None:
+    with pytest.raises(UserError, match=KILLED), workers(2) as pool:
+        pool.submit(die).result()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_that_is_killed_while_it_waits(which: int) -> None:
+    """One of them holds the lock of the queue."""
+    with pytest.raises(UserError, match=KILLED), workers(2) as pool:
+        os.kill(sorted(pool._processes)[which], signal.SIGKILL)
+        while True:
+            pool.submit(time.sleep, 0.05).result()
+
+
+def test_no_worker_outlives_its_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and len(pids) == 3
+    deadline = time.monotonic() + 30
+    while not all(is_gone(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"one of {pids} lives on"
+        time.sleep(0.05)
+
+
+def is_gone(pid: int) -> bool:
+    """Or is a zombie, where nobody collects orphans."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_prepare_with_a_killed_worker_goes_on_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = text_recipe(tmp_path, prepare_processes=2)
 
     def killed(self: Any, *args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
 
     with monkeypatch.context() as patch:
         patch.setattr(IndexedDatasetBuilder, "add_document", killed)
-        with pytest.raises(UserError, match="set data.prepare_processes lower and run it again"):
+        with pytest.raises(UserError, match=KILLED):
             prepare(recipe)
     assert not (tmp_path / "data" / "manifest.json").exists()
     prepare(recipe)
