@@ -11,6 +11,8 @@ import torch
 
 from agg import VocabShard, gated_linear_cross_entropy
 
+BLOCK_ROWS = 8_192  # of the vocabulary whose logits are formed at a time, for their float32 copy
+
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -64,18 +66,26 @@ class OutputHead(torch.nn.Module):
         )
 
     def _all_logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = torch.cat(list(self.shard.all_gather((hidden @ weight.T).float())), dim=1)[:, : self.shard.vocab_size]
+        own = torch.cat([_logits(hidden, block) for block in weight.split(BLOCK_ROWS)], dim=1)
+        logits = torch.cat(list(self.shard.all_gather(own)), dim=1)[:, : self.shard.vocab_size]
         return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
 
     def _predictions(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """int64 [T]: the most likely id of each position; of equals the lowest, on every layout, capped or not."""
-        real = weight[: self.shard.real]
         found = []
         for chunk in hidden.split(1024):
-            if len(real):
-                best, row = (chunk @ real.T).float().max(1)
-            else:
-                best, row = chunk.new_full((len(chunk),), -torch.inf).float(), chunk.new_zeros(len(chunk)).long()
+            best = torch.full((len(chunk),), -torch.inf, device=chunk.device)
+            row = torch.zeros_like(best, dtype=torch.int64)
+            for start in range(0, self.shard.real, BLOCK_ROWS):
+                block = weight[start : min(start + BLOCK_ROWS, self.shard.real)]
+                value, place = _logits(chunk, block).max(1)
+                row = torch.where(value > best, place + start, row)
+                best = torch.maximum(value, best)
             values, ids = self.shard.all_gather(best), self.shard.all_gather(row + self.shard.start)
             found.append(ids.gather(0, values.argmax(0, keepdim=True))[0])
         return torch.cat(found)
+
+
+def _logits(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[T, rows] in float32, whatever the inputs: products in bfloat16 tie, and the lower id would win each time."""
+    return hidden.float() @ rows.float().T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from agg.vocab_shard import padded_vocab_size
@@ -9,8 +10,11 @@ from pretrain.recipe import ModelRecipe
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets (without sparsity).
 PEAK_BF16_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -74,4 +78,5 @@ def checkpoint_bytes(model: ModelRecipe, vocab_size: int, precision: str) -> int
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of the device in FLOP/s; None where it is not known."""
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in device_name), None)
+    known = PEAK_BF16_FLOPS.items()
+    return next((peak for name, peak in known if re.search(rf"\b{name}\b", device_name)), None)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
+from pretrain.model.output_head import OutputHead
 from pretrain.model.size import model_size, peak_flops, training_flops_per_token
 from pretrain.recipe import ModelRecipe
 from tests.distributed import run_ranks
@@ -150,4 +151,25 @@ def test_flops_and_peaks():
     model = STYLES[0]
     per_token = training_flops_per_token(model, VOCAB)
     assert per_token == 6 * (model_size(model, VOCAB).layers + 512 * 32) + 12 * 2 * 32 * 24
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("A toaster") is None
+    for device, peak in (
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("A toaster", None),
+    ):
+        assert peak_flops(device) == peak
+
+
+def test_predictions_in_bfloat16_are_not_decided_by_ties():
+    """About one in fifty would be, and always for the lower id, which is the more frequent one."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1024, 64, generator=generator).bfloat16()
+    weight = (0.4 * torch.randn(20_000, 64, generator=generator)).bfloat16()
+    head = OutputHead(VocabShard(0, 20_000, 20_000))
+    exact = (hidden.double() @ weight.double().T).argmax(1)
+    target = torch.zeros(1024, dtype=torch.int64)
+    assert torch.equal(head(hidden, weight, target, per_token=True)[1], exact)
+    assert torch.equal(head(hidden, weight, None).argmax(1), exact)
+    assert ((hidden @ weight.T).argmax(1) != exact).sum() > 5, "it would show"

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pretrain.errors import RecipeError
 from pretrain.training.schedule import learning_rate
 from tests.small_runs import change
 
@@ -42,3 +43,14 @@ def test_warmup_stable_decay(prepared_recipe):
         prepared_recipe, 100, kind="warmup_stable_decay", warmup_steps=10, decay_steps=20, min_learning_rate_ratio=0.0
     )
     assert values[9:81] == [2.0] * 72 and values[90] == pytest.approx(1.0) and values[99] == pytest.approx(0.1)
+
+
+def test_a_decay_that_would_begin_in_the_warm_up_is_refused(prepared_recipe):
+    """The rate would jump there."""
+    schedule = {"kind": "warmup_stable_decay", "warmup_steps": 50}
+    recipe = change(prepared_recipe, batch={"train_steps": 100})
+    change(recipe, schedule=schedule | {"decay_steps": 50}).check()
+    with pytest.raises(
+        RecipeError, match=r"decay_steps \(51\) would begin before schedule.warmup_steps \(50\) are over"
+    ):
+        change(recipe, schedule=schedule | {"decay_steps": 51}).check()
