@@ -8,11 +8,11 @@ from pretrain.report.formatting import MINUS, tick
 from pretrain.study.fit_forms import LOG_LINEAR, POWER_LAW
 from pretrain.study.fits import Fit, Interval
 
-SYMBOLS = {"parameters_without_embeddings": "N", "vocab_size": "V", "consumed_tokens": "D", "flops": "C"}
+SYMBOLS = {"parameters_without_embeddings": "N", "vocab_size": "V", "planned_tokens": "D", "flops": "C"}
 SCALES = {
     "parameters_without_embeddings": "parameters without embeddings",
     "vocab_size": "vocabulary size",
-    "consumed_tokens": "training tokens",
+    "planned_tokens": "training tokens",
     "flops": "training FLOPs",
 }
 

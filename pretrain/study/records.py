@@ -1,7 +1,8 @@
 """Tidy records of a study: one row per run and evaluated checkpoint, as Parquet and CSV.
 
 format, study, run, state, method, seed      what it is; method is the point of the objective axis
-step, consumed_tokens, flops                 of this checkpoint; FLOPs of training up to it, by formula
+step, planned_tokens, flops                  of this checkpoint; tokens of all steps up to it, FLOPs of them by formula
+consumed_tokens                              that were trained on: fewer where steps were skipped
 parameters, parameters_without_embeddings, vocab_size
 axis.NAME                                    a column for each axis
 measure.PATH                                 each number of evaluation.json, dots between keys; lists are left out
@@ -35,7 +36,8 @@ RECORDS_FORMAT = 1
 _FORMAT_KEY = b"pretrain.study.records"  # in the metadata of the schema, so that an empty table has it too
 _TYPES = {
     "format": pa.int64(), "study": pa.string(), "run": pa.string(), "state": pa.string(), "method": pa.string(),
-    "seed": pa.int64(), "step": pa.int64(), "consumed_tokens": pa.int64(), "parameters": pa.int64(),
+    "seed": pa.int64(), "step": pa.int64(), "planned_tokens": pa.int64(), "consumed_tokens": pa.int64(),
+    "parameters": pa.int64(),
     "parameters_without_embeddings": pa.int64(), "vocab_size": pa.int64(), "flops": pa.float64(),
     "hardware": pa.string(), "commit": pa.string(), "version.torch": pa.string(), "version.pretrain": pa.string(),
     "recipe_sha256": pa.string(),
@@ -94,7 +96,8 @@ def _rows(run: RunFolder, plan: dict[str, Any], entry: dict[str, Any]) -> Iterat
     for file in (*sorted((run.path / "evaluations").glob("step_*.json")), run.evaluation_file):
         evaluation = read_evaluation(file)
         vocab_size = _vocab_size(recipe.data.folder, recipe.data.tokenizer.vocab_size)
-        tokens = evaluation["tokens"]
+        # Not those that were trained on: a skipped step would make a scale of its own, and part a run from its pair.
+        planned = evaluation["checkpoint_step"] * recipe.tokens_per_step
         training = evaluation["training"]
         yield {
             "format": RECORDS_FORMAT,
@@ -104,11 +107,12 @@ def _rows(run: RunFolder, plan: dict[str, Any], entry: dict[str, Any]) -> Iterat
             "method": entry["method"],
             "seed": recipe.seed,
             "step": evaluation["checkpoint_step"],
-            "consumed_tokens": tokens,
+            "planned_tokens": planned,
+            "consumed_tokens": evaluation["tokens"],
             "parameters": evaluation["parameters"],
             "parameters_without_embeddings": evaluation["parameters_without_embeddings"],
             "vocab_size": vocab_size,
-            "flops": tokens * training_flops_per_token(recipe.model, vocab_size),
+            "flops": planned * training_flops_per_token(recipe.model, vocab_size),
             **{f"axis.{axis}": label for axis, label in entry["labels"].items()},
             **_measures(evaluation),
             "hardware": training["hardware"],

@@ -22,11 +22,11 @@ from pretrain.study.state import RunState
 
 RECORDS_FORMAT = 1
 Row = Mapping[str, Any]
-SCALE_COLUMNS = ("parameters_without_embeddings", "vocab_size", "consumed_tokens", "flops")
+SCALE_COLUMNS = ("parameters_without_embeddings", "vocab_size", "planned_tokens", "flops")
 FOLLOWS = "flops"  # from the others: where two of them vary, it would mix what they do
 COLUMNS = (
-    "format", "study", "run", "state", "method", "seed", "step", *SCALE_COLUMNS, "parameters", "hardware", "commit",
-    "recipe_sha256",
+    "format", "study", "run", "state", "method", "seed", "step", "consumed_tokens", *SCALE_COLUMNS, "parameters",
+    "hardware", "commit", "recipe_sha256",
 )  # fmt: skip
 PLAIN = ("plain", "mle")  # labels of the method that others are compared with
 
@@ -125,6 +125,8 @@ def read_study(table: pa.Table | Sequence[Row], runs: Mapping[str, RunState] | N
         UserError: they have another format, lack a column or a measure, or hold no done run.
     """
     rows: list[Row] = list(table.to_pylist() if isinstance(table, pa.Table) else table)
+    # records of before have one column of tokens
+    rows = [{"planned_tokens": row.get("consumed_tokens"), **row} for row in rows]
     if not rows:
         raise UserError("the study has no records yet: run `python -m pretrain study` on its file first")
     _check(rows)

@@ -174,6 +174,10 @@ def caveats(study: Study) -> list[str]:
         listed = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
         found.append(f"Not all runs are done: {listed}. They are in no number here.")
     found += [f"{name} failed: {cause}." for name, cause in study.failed.items()]
+    short = [row for row in study.rows if row["consumed_tokens"] < row["planned_tokens"]]
+    if short:
+        listed = ", ".join(f"{row['run']} ({row['consumed_tokens']:,} of {row['planned_tokens']:,})" for row in short)
+        found.append(f"Trained on fewer tokens than planned, as steps were skipped: {listed}. D and C are as planned.")
     if len({row["vocab_size"] for row in study.rows}) > 1:
         found.append(
             "Losses are per token: those of different vocabularies are of different tokens. Bits per byte, in the "

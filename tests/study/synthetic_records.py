@@ -48,7 +48,7 @@ def _row(size: str, method: str, seed: int, of_seed: float, noise: Any) -> dict[
     run = f"{size}_{method}_{seed}"
     return {
         "format": 1, "study": "ladder", "run": run, "state": "done", "method": method, "seed": seed, "step": 1000,
-        "consumed_tokens": 2_048_000, "parameters": int(scale + 8192 * WIDTHS[size]),
+        "planned_tokens": 2_048_000, "consumed_tokens": 2_048_000, "parameters": int(scale + 8192 * WIDTHS[size]),
         "parameters_without_embeddings": int(scale), "vocab_size": 8192,
         "flops": 6.0 * (scale + 8192 * WIDTHS[size]) * 2_048_000,
         "axis.size": size, "axis.objective": method, "axis.seed": seed,

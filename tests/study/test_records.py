@@ -10,9 +10,15 @@ from pretrain.errors import UserError
 from pretrain.study import records
 from pretrain.study.grid import cells_of
 from pretrain.study.records import read_records, write_records
+from pretrain.study.state import RunState, write_state
 from pretrain.study.study_file import load_study
 from pretrain.study.study_folder import StudyFolder
 from tests.study.studies import write_study
+
+EVALUATION = {
+    "checkpoint_step": 6, "parameters": 20_000, "parameters_without_embeddings": 4_000,
+    "training": {"hardware": "a processor", "versions": {"torch": "2.13.0", "pretrain": "0.6.0"}},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -33,6 +39,20 @@ def test_no_run_is_done(claimed):
 def test_numbers_only_and_no_lists():
     tree = {"format": 3, "a": {"b": 1, "none": None}, "c": [1.0], "d": "x", "e": True, "f": 0.5}
     assert records._measures(tree) == {"measure.a.b": 1.0, "measure.a.none": None, "measure.f": 0.5}
+
+
+def test_a_run_that_skipped_a_step_stays_at_its_scale(claimed, prepared_recipe, monkeypatch):
+    """Six steps of 256 tokens, one of which the second seed skipped."""
+    for seed, tokens in (("1", 6 * 256), ("2", 5 * 256)):
+        run = claimed.run(f"xs-plain-seed{seed}")
+        run.claim(prepared_recipe, "")
+        write_state(run.path, RunState(), "done")
+        run.evaluation_file.write_text(str(tokens))
+    monkeypatch.setattr(records, "read_evaluation", lambda file: EVALUATION | {"tokens": int(file.read_text())})
+    whole, skipped = read_records(write_records(claimed.path)).to_pylist()
+    assert whole["planned_tokens"] == skipped["planned_tokens"] == 6 * 256
+    assert whole["flops"] == skipped["flops"] > 0
+    assert (whole["consumed_tokens"], skipped["consumed_tokens"]) == (6 * 256, 5 * 256)
 
 
 def test_types_of_axes():

@@ -79,7 +79,7 @@ def _check_records(out: StudyFolder, reached: int) -> None:
     for row in rows:
         assert (row["format"], row["study"], row["state"], row["seed"]) == (1, "small", "done", 1234)
         assert row["method"] == row["axis.objective"] == row["run"]
-        assert row["consumed_tokens"] == row["step"] * 256 and row["vocab_size"] == 500
+        assert row["planned_tokens"] == row["consumed_tokens"] == row["step"] * 256 and row["vocab_size"] == 500
         run = RunFolder(out.path / row["run"])
         last = row["step"] == STEPS
         file = run.evaluation_file if last else run.path / f"evaluations/step_{row['step']:08d}.json"

@@ -19,7 +19,7 @@ from pretrain.errors import UserError
 from pretrain.report.formatting import MINUS
 from pretrain.study.fits import Interval
 from pretrain.study.state import RunState
-from pretrain.study.study_cells import ISOTROPY, LOSS, RARE_LOSS, mean_interval, paired, partner, read_study
+from pretrain.study.study_cells import ISOTROPY, LOSS, RARE_LOSS, cells, mean_interval, paired, partner, read_study
 from pretrain.study.study_report import raised, report_study, write_study_report
 from pretrain.study.study_words import Answer, caveats, method_answers, way
 from tests.study.synthetic_records import EXPONENT, LIMIT, SIZES, study_records, write_spectra
@@ -177,16 +177,39 @@ def test_series_follow_the_axes() -> None:
 
 def test_the_scale_is_what_varies() -> None:
     rows = [row for row in two_sizes() if row["axis.size"] == "xs"]
-    longer = [row | {"run": row["run"] + "_long", "consumed_tokens": 2 * row["consumed_tokens"]} for row in rows]
-    assert read_study(rows + longer).scale == "consumed_tokens"
+    longer = [row | {"run": row["run"] + "_long", "planned_tokens": 2 * row["planned_tokens"]} for row in rows]
+    assert read_study(rows + longer).scale == "planned_tokens"
     assert read_study(two_sizes()).scale == "parameters_without_embeddings"
+
+
+def test_a_run_that_skipped_steps_stays_with_its_seeds_and_its_pair() -> None:
+    rows = [row for row in two_sizes() if row["axis.size"] == "xs"]
+    longer = [row | {"run": row["run"] + "_long"} for row in rows]
+    for row in longer:
+        row |= {key: 2 * row[key] for key in ("planned_tokens", "consumed_tokens", "flops")}
+    longer[0]["consumed_tokens"] -= 2048
+    study = read_study(rows + longer)
+    plain, agg = study.series
+    assert study.scale == "planned_tokens"
+    assert [len(values) for values in cells(plain.rows, LOSS, study.scale).values()] == [3, 3]
+    assert [len(values) for values in paired(agg, plain, LOSS, study.scale).values()] == [3, 3]
+    [told] = [caveat for caveat in caveats(study) if "fewer tokens than planned" in caveat]
+    assert "skipped: xs_plain_1_long (4,093,952 of 4,096,000)." in told
+    assert not any("fewer tokens than planned" in caveat for caveat in caveats(read_study(rows)))
+
+
+def test_records_of_before_have_one_column_of_tokens() -> None:
+    rows = [row | {"consumed_tokens": row["seed"] * 1000} for row in without(two_sizes(), "planned_tokens")]
+    study = read_study(rows)
+    assert study.scale == "planned_tokens"
+    assert all(row["planned_tokens"] == row["consumed_tokens"] for row in study.rows)
 
 
 def test_two_scales_are_not_mixed_into_one() -> None:
     """Isotropy follows the size alone: nothing may be said to grow with the tokens or the compute."""
     rows: Rows = []
     for times in (1, 2, 4):
-        extra = {"axis.tokens": times, "consumed_tokens": times * 2_048_000}
+        extra = {"axis.tokens": times, "planned_tokens": times * 2_048_000}
         rows += [
             row | extra | {"run": f"{row['run']}_{times}", "flops": row["flops"] * times}
             for row in study_records(methods=("plain",))
@@ -194,7 +217,7 @@ def test_two_scales_are_not_mixed_into_one() -> None:
     study = read_study(rows)
     assert study.scale == "parameters_without_embeddings"
     assert [series.label for series in study.series] == [f"plain, tokens {times}" for times in (1, 2, 4)]
-    assert {series.fixed["size"] for series in study.series_over("consumed_tokens")} == {"xs", "s", "m", "l"}
+    assert {series.fixed["size"] for series in study.series_over("planned_tokens")} == {"xs", "s", "m", "l"}
     assert not any("may depend on" in caveat and "D" in caveat for caveat in caveats(study))
 
 
