@@ -7,7 +7,7 @@ A *series* is what one line of a figure shows: a method and one value of every o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from scipy import stats
 
 from pretrain.errors import UserError
 from pretrain.report.formatting import compact, fixed, grouped
+from pretrain.study.fit_forms import LOG_LINEAR
 from pretrain.study.fits import CONFIDENCE, Interval
 from pretrain.study.state import RunState
 
@@ -108,7 +109,7 @@ class Study:
 
     @property
     def varying_scales(self) -> list[str]:
-        return [column for column in SCALE_COLUMNS if len({row[column] for row in self.rows}) > 1]
+        return [column for column in SCALE_COLUMNS if _varies(self.rows, column)]
 
     def series_over(self, scale: str) -> tuple[Series, ...]:
         """As ``series``, for another scale: what else varies, and does not follow from it, sets series apart."""
@@ -142,10 +143,7 @@ def read_study(table: pa.Table | Sequence[Row], runs: Mapping[str, RunState] | N
         raise UserError(f"no run of the study {rows[0]['study']!r} is done ({held}): run the study again to go on")
     axes = _varying_axes(done)
     failed = {name: run.cause for name, run in (runs or {}).items() if run.state == "failed"}
-    own = [column for column in SCALE_COLUMNS if column != FOLLOWS]
-    scale = max(own, key=lambda column: (len({row[column] for row in done}), -own.index(column)))
-    if len({row[scale] for row in done}) == 1:
-        scale = FOLLOWS if len({row[FOLLOWS] for row in done}) > 1 else scale
+    scale = _scale(done, axes)
     checkpoints = tuple(row for row in rows if row["state"] == "done")
     return Study(str(done[0]["study"]), done, checkpoints, states, axes, scale, _series(done, axes, scale), failed)
 
@@ -181,26 +179,66 @@ def _ordered(values: Sequence[Any]) -> list[Any]:
     return different if any(isinstance(value, str) for value in different) else sorted(different)
 
 
+def _scale(rows: Sequence[Row], axes: Mapping[str, list[Any]]) -> str:
+    """Of those that vary: one that can be fitted, if possible with no other along it, and has the most values."""
+    varying = [column for column in SCALE_COLUMNS if _varies(rows, column)]
+    own = [column for column in varying if column != FOLLOWS]
+
+    def worth(scale: str) -> tuple[int, bool, int]:
+        series = _series(rows, axes, scale)
+        count = max(len({row[scale] for row in one.rows}) for one in series)
+        mixed = any(_varies(one.rows, column) for one in series for column in own if column != scale)
+        return min(count, LOG_LINEAR.fewest), not mixed, count
+
+    return max(own, key=worth) if own else next(iter(varying), SCALE_COLUMNS[0])
+
+
+def _varies(rows: Sequence[Row], column: str) -> bool:
+    return len({row[column] for row in rows}) > 1
+
+
 def _series(rows: Sequence[Row], axes: Mapping[str, list[Any]], scale: str) -> tuple[Series, ...]:
-    """One for each method and value of the axes that neither the scale, the seed nor the method decides."""
-    own = [
-        name for name in axes
-        if not any(_decides(rows, keys, f"axis.{name}") for keys in (("method",), ("seed",), ("method", scale)))
-    ]  # fmt: skip
+    """One for each method and value of the axes that neither the scale, the seed nor the method decides.
+
+    An axis that the scale decides sets series apart where another scale would hide in this one without it.
+    """
+    names, own = [f"axis.{name}" for name in axes], list[str]()
+    for axis in names:
+        if _decides(rows, ("method",), axis) or _decides(rows, ("seed",), axis):
+            continue
+        if not _decides(rows, ("method", scale), axis) or _hides(rows, names, axis, scale, own):
+            own.append(axis)
     parts: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        parts.setdefault((row["method"], *(row.get(f"axis.{name}") for name in own)), []).append(row)
+        parts.setdefault((row["method"], *(row.get(axis) for axis in own)), []).append(row)
     found = []
     for (method, *values), members in parts.items():
         varying = {
-            name: value for name, value in zip(own, values, strict=True)
-            if len({row.get(f"axis.{name}") for row in rows if row["method"] == method}) > 1
+            axis.removeprefix("axis."): value for axis, value in zip(own, values, strict=True)
+            if len({row.get(axis) for row in rows if row["method"] == method}) > 1
         }  # fmt: skip
         words = [method, *(f"{name.replace('_', ' ')} {value}" for name, value in varying.items())]
         members.sort(key=lambda row: (row[scale], row["seed"]))
         found.append(Series(", ".join(words), method, varying, tuple(members)))
     order = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
     return tuple(sorted(found, key=lambda s: (s.method not in PLAIN, order[s.method], _ordered_key(s.fixed))))
+
+
+def _hides(rows: Sequence[Row], axes: Iterable[str], axis: str, scale: str, own: Sequence[str]) -> bool:
+    """Whether what an axis does to another scale would be said of this one, which decides it.
+
+    As with sizes at several tokens per parameter: each amount of tokens is of one size, but a size has several of them.
+
+    Args:
+        own: the axes that set series apart already.
+    """
+    within = ("method", *own)
+    if _decides(rows, (*within, axis), scale):
+        return False
+    rest = ("method", *(other for other in axes if other != axis))
+    others = [column for column in SCALE_COLUMNS if column not in (scale, FOLLOWS) and _varies(rows, column)]
+    hidden = [column for column in others if not _decides(rows, (*within, column), scale)]
+    return any(_decides(rows, ("method", axis), column) or not _decides(rows, rest, column) for column in hidden)
 
 
 def _ordered_key(fixed: Mapping[str, Any]) -> list[tuple[bool, Any]]:
@@ -211,7 +249,7 @@ def _decides(rows: Sequence[Row], keys: Sequence[str], column: str) -> bool:
     """Whether rows that agree in ``keys`` agree in ``column``."""
     seen: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:
-        seen.setdefault(tuple(row[key] for key in keys), set()).add(row.get(column))
+        seen.setdefault(tuple(row.get(key) for key in keys), set()).add(row.get(column))
     return all(len(values) == 1 for values in seen.values())
 
 
