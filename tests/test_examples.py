@@ -193,18 +193,6 @@ def megatron_evaluation(rank, world_size):
     return loss.item(), plain.item(), model.loss_of.frequency.steps
 
 
-def test_megatron_core_builds_a_stage_without_the_loss():
-    """Of a pipeline: only the last one has an output layer."""
-    assert run_ranks(megatron_first_stage, 1) == [(False, True)]
-
-
-def megatron_first_stage(rank, world_size):
-    initialize_megatron(world_size)
-    megatron_core.GatedGPTModel = functools.partial(megatron_core.GatedGPTModel, post_process=False)
-    stage = megatron_core.build()
-    return hasattr(stage, "output_layer"), hasattr(stage, "loss_of")
-
-
 def test_megatron_core_with_sequence_parallelism():
     """The same gradients: the hidden states are gathered, and their gradient is split rather than added up."""
     (plain, split), _ = run_ranks(megatron_sequence_parallel, 2)

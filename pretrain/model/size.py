@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from agg.vocab_shard import padded_vocab_size
 from pretrain.recipe import ModelRecipe
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets (without sparsity).
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets (without sparsity); None: not looked up.
 PEAK_BF16_FLOPS = {
-    "H200 NVL": 835e12,
+    "H200 NVL": None,  # slower than what follows
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
+    "H100 NVL": None,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,

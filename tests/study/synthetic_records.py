@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+Rows = list[dict[str, Any]]
 SIZES = {"xs": 2e5, "s": 8e5, "m": 3.2e6, "l": 12.8e6}
 WIDTHS = {"xs": 64, "s": 128, "m": 192, "l": 256}
 # per method: what it adds to the rare loss and to the total loss; isotropy, its slope per doubling; mean shift
@@ -26,7 +27,7 @@ def study_records(
     seeds: int = 3,
     noise: float = 1.0,
     **replaced: Any,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """One row a run; keyword arguments replace entries of all of them."""  # fmt: skip
     random = np.random.default_rng(0)
     rows = []
@@ -74,3 +75,12 @@ def write_spectra(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         values[0] = 1 + 4 * row["measure.mean_shift"]
         (folder / row["run"]).mkdir(parents=True)
         np.savez(folder / row["run"] / "evaluation.npz", singular_values=values)
+
+
+def two_sizes(**options: Any) -> Rows:
+    """Too few to fit, so quick."""
+    return study_records(sizes=("xs", "l"), methods=("plain", "agg30"), **options)
+
+
+def without(rows: Rows, column: str) -> Rows:
+    return [{key: value for key, value in row.items() if key != column} for row in rows]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -34,6 +37,15 @@ def test_no_run_is_done(claimed):
     table = read_records(claimed.path)
     assert table.num_rows == 0 and {"run", "method", "axis.size", "axis.seed"} <= set(table.column_names)
     assert read_records(claimed.records_file).equals(table)
+
+
+def test_a_file_system_without_locks(claimed, monkeypatch, capfd):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert write_records(claimed.path) == claimed.records_file
+    assert f"see to it that nothing else is writing the records of {claimed.path}" in capfd.readouterr().err
 
 
 def test_numbers_only_and_no_lists():
