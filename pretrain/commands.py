@@ -16,6 +16,7 @@ from pretrain.checkpointing.folder import (
     checkpoints_in,
     choose_checkpoint,
     problems_of,
+    read_manifest,
     step_of,
 )
 from pretrain.checkpointing.identity import CHANGEABLE, check_identity, identity_of
@@ -274,7 +275,8 @@ def _set_aside(options: argparse.Namespace, folder: RunFolder, recipe: Recipe, p
         aside = folder.start_again()
     else:
         checkpoint = choose_checkpoint(folder.checkpoints, options.resume_from)
-        check_identity(checkpoint, identity_of(recipe, prepared), CHANGEABLE if options.allow_changes else ())
+        free = CHANGEABLE if options.allow_changes else ()
+        check_identity(checkpoint, read_manifest(checkpoint), identity_of(recipe, prepared), free)
         aside = folder.go_back_to(options.resume_from)
     if aside is not None:
         say(f"what was there is kept in {aside}")

@@ -106,7 +106,7 @@ def load_checkpoint(
     """
     _verify(checkpoint, topology)
     manifest = read_manifest(checkpoint)
-    check_identity(checkpoint, identity, free)
+    check_identity(checkpoint, manifest, identity, free)
     progress = Progress(
         manifest["step"],
         manifest["consumed_samples"],

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpointing.folder import read_manifest
 from pretrain.errors import CheckpointError
 from pretrain.recipe import ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
 from pretrain.recipe_io import flatten, recipe_to_dict
@@ -31,18 +30,19 @@ def identity_of(recipe: Recipe, prepared: PreparedData) -> dict[str, Any]:
     }
 
 
-def check_identity(checkpoint: Path, now: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+def check_identity(checkpoint: Path, manifest: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = ()) -> None:
     """
     Args:
-        now: of the run that is to load it.
+        manifest: of the checkpoint.
+        now: the identity of the run that is to load it.
         free: beginnings of keys that may differ.
 
     Raises:
         CheckpointError: it is of another run, with the keys that differ.
     """
     here = flatten(now)
-    saved = flatten(read_manifest(checkpoint)["identity"])
-    there = {key: value for key, value in _settings_by_default().items() if key in here} | saved
+    defaults = {key: value for key, value in _settings_by_default().items() if key in here}
+    there = defaults | flatten(manifest["identity"])
     there.pop("recipe_sha256", None)  # of what is compared one by one; earlier versions saved it
     keys = [key for key in sorted(there.keys() | here.keys()) if not key.startswith(free)]
     different = [key for key in keys if there.get(key) != here.get(key)]

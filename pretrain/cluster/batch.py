@@ -49,7 +49,7 @@ def _begin(arguments: Sequence[str]) -> int:
     if is_training:
         step = _saved_step(folder)
         earlier = _begins(folder, job)
-        trouble = _trouble_of_training(folder, job, step)
+        trouble = _trouble_of_training(earlier, step)
         if trouble and step < _last_step(options):
             print(f"error: {trouble}", file=sys.stderr)
             return EXIT_BROKEN
@@ -77,7 +77,7 @@ def _end(logs: Path, launcher_code: int) -> int:
     action, code = {0: "done", STOPPED: "stopped"}.get(ending.code, "failed"), ending.code
     reason = ending.reason
     if _wants_to_go_on(ending, job):
-        trouble = _trouble_of_training(folder, job, step) if is_training else _trouble_of_others(logs, job)
+        trouble = _trouble_of_training(_begins(folder, job), step) if is_training else _trouble_of_others(logs, job)
         if trouble:
             action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {trouble}"
         else:
@@ -129,9 +129,9 @@ def _begins(folder: RunFolder, job: Job) -> list[dict[str, Any]]:
     ]
 
 
-def _trouble_of_training(folder: RunFolder, job: Job, step: int) -> str:
+def _trouble_of_training(begins: Sequence[dict[str, Any]], step: int) -> str:
     """Why it should not start again by itself; empty if it may."""
-    last = _begins(folder, job)[-BEGINS_WITHOUT_PROGRESS:]
+    last = begins[-BEGINS_WITHOUT_PROGRESS:]
     if len(last) < BEGINS_WITHOUT_PROGRESS or any(event["step"] != step for event in last):
         return ""
     starts = ", ".join(event["incarnation"] for event in last)
