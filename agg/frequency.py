@@ -53,7 +53,7 @@ class TokenFrequency(StepCounts):
                 rows, counts = (_to_device(part, histogram.device) for part in leaving)
                 histogram.index_add_(0, rows, counts)
             self._arriving = (slot, HostCopy(histogram))
-        self._totals += delta
+        self._totals = self._totals + delta  # anew: who has asked for counts keeps what they were
         self._undo = (slot, delta, leaving)
 
     def _stored(self) -> dict[int, Slot]:
@@ -70,7 +70,7 @@ class TokenFrequency(StepCounts):
     def _take_back(self, undo: tuple[int, torch.Tensor, Slot | None]) -> None:
         slot, delta, leaving = undo
         assert self._totals is not None
-        self._totals -= delta
+        self._totals = self._totals - delta
         slots = self._stored()
         slots.pop(slot, None)
         if leaving is not None:

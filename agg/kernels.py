@@ -106,12 +106,25 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=beta, out=total)
 
 
-def add_rows_(matrix: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor) -> None:
-    """``matrix[rows] += entries``, rows int64 [T] with repetitions, in the same order in each run."""
-    if matrix.device.type == "cuda":  # sorts the rows, where index_add_ would add them as they come
-        matrix.index_put_((rows,), entries, accumulate=True)
+def add_rows_(matrix: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, here: torch.Tensor) -> None:
+    """``matrix[rows] += entries`` in the same order in each run.
+
+    Args:
+        rows: int64 [T] with repetitions. here: bool [T]; entries of others are 0, and their row is any.
+    """
+    if _adds_by_sorting(matrix):  # index_add_ would add them as they come
+        matrix.index_put_((spread_rows(rows, here, len(matrix)),), entries, accumulate=True)
     else:
         matrix.index_add_(0, rows, entries)
+
+
+def spread_rows(rows: torch.Tensor, here: torch.Tensor, size: int) -> torch.Tensor:
+    """``rows`` where ``here``, else each another one of ``size``: entries of one row are added one after the other."""
+    return torch.where(here, rows, torch.arange(len(rows), device=rows.device) % max(1, size))
+
+
+def _adds_by_sorting(matrix: torch.Tensor) -> bool:
+    return matrix.device.type == "cuda"
 
 
 def logits_buffer(like: torch.Tensor, tokens: int, columns: int) -> torch.Tensor:

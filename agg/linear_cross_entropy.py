@@ -32,7 +32,7 @@ from agg.vocab_shard import VocabShard
 # Where no chunk_tokens are given: PERFORMANCE.md, "Chunk size".
 CACHED_LOGITS = 2**22  # on a CPU, of one chunk: 16 MiB in float32
 CACHED_TOKENS, CPU_TOKENS = 512, 1024  # measured
-GPU_LOGITS, GPU_TOKENS = 2**29, 256  # 1 GiB in bfloat16, 4,096 tokens at V 128k; from arithmetic
+GPU_LOGITS, GPU_TOKENS, FEWEST_GPU_TOKENS = 2**28, 4096, 256  # 512 MiB in bfloat16; from arithmetic
 
 
 def gated_linear_cross_entropy(
@@ -84,7 +84,7 @@ def gated_linear_cross_entropy(
     check_reduction(reduction)
     check_inputs(hidden, weight, target, shard)
     if gates is not None:
-        _check_gates(gates, shard)
+        _check_gates(gates, shard, weight.device)
     _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
         rows = -(-shard.vocab_size // shard.world_size)
@@ -101,11 +101,11 @@ def default_chunk_tokens(rows: int, tokens: int, device_type: str) -> int:
 
     On a CPU the limit is what keeps a chunk of logits in the cache. Where that is less than ``CACHED_TOKENS`` it is
     ``CPU_TOKENS``: all of dW is read and written for each chunk, and with few tokens that costs more than the cache
-    saves. On a GPU it is ``GPU_LOGITS``, and at least ``GPU_TOKENS``. Rounded up to a multiple of 32, so that C may
-    exceed the limit by less than that.
+    saves. On a GPU it is ``GPU_LOGITS``; where those are less than ``GPU_TOKENS``, up to twice as many, and at least
+    ``FEWEST_GPU_TOKENS``. Rounded up to a multiple of 32, so that C may exceed the limit by less than that.
     """
     if device_type == "cuda":
-        limit = max(GPU_TOKENS, GPU_LOGITS // rows)
+        limit = max(GPU_LOGITS // rows, min(GPU_TOKENS, 2 * GPU_LOGITS // rows), FEWEST_GPU_TOKENS)
     else:
         cached = CACHED_LOGITS // rows
         limit = cached if cached >= CACHED_TOKENS else CPU_TOKENS
@@ -131,6 +131,8 @@ def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tenso
         raise ValueError(
             f"hidden must be [T, D] and weight [V_local, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
+    if len(devices := {hidden.device, weight.device, target.device}) > 1:
+        raise ValueError(f"hidden, weight and target lie on several devices: {', '.join(sorted(map(str, devices)))}")
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"target must be [T] with T = {hidden.shape[0]}, got {tuple(target.shape)}")
     if target.dtype != torch.int64:
@@ -161,7 +163,9 @@ def check_options(label_smoothing: float, chunk_tokens: int | None, z_loss: floa
         raise ValueError("label_smoothing needs the mean logit, which is not linear in hidden with soft_cap: give one")
 
 
-def _check_gates(gates: Gates, shard: VocabShard) -> None:
+def _check_gates(gates: Gates, shard: VocabShard, device: torch.device) -> None:
+    if gates.rare.device != device:
+        raise ValueError(f"gates are on {gates.rare.device}, weight on {device}: count targets that lie there")
     for name in ("rare", "g1", "g2"):
         if getattr(gates, name).shape != (len(shard),):
             raise ValueError(f"gates.{name} has {getattr(gates, name).numel()} rows, the shard has {len(shard)}")

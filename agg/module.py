@@ -37,7 +37,8 @@ class AdaptiveGradientGating(torch.nn.Module):
     data-parallel ranks raise FloatingPointError in the step after (on a GPU, the one after that), so that none is left
     waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite.
 
-    Under ``torch.compile`` on a CPU the answer is the same, and the graph breaks wherever a value is read.
+    Where activation checkpointing holds the loss, what it does again is not counted again. Under ``torch.compile`` on
+    a CPU the answer is the same, and the graph breaks wherever a value is read.
 
     Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
     its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
@@ -111,7 +112,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         self._explicit_steps: bool | None = None
 
     def begin_step(self, targets: torch.Tensor) -> None:
-        """Count all targets of this rank in the coming optimizer step, of any shape.
+        """Count all targets of this rank in the coming optimizer step, of any shape, on the device of the loss.
 
         Starts the all-reduce of the counts, or, where there is one data-parallel rank, their gather over the
         tensor-parallel ranks, so that all of them call it.
@@ -135,7 +136,8 @@ class AdaptiveGradientGating(torch.nn.Module):
         self.gates = self._fault = None
 
     def current_gates(self) -> Gates:
-        """The gates of this step, of this rank's rows; before the first step, those of no counts.
+        """The gates of this step, of this rank's rows; before the first step, those of no counts, on the CPU (where
+        NCCL gathers nothing: with tensor-parallel ranks on GPUs ask in a step).
 
         The first call of a step awaits the counts, and on all tensor-parallel ranks is a collective of theirs.
 
@@ -185,11 +187,15 @@ class AdaptiveGradientGating(torch.nn.Module):
             ValueError, FloatingPointError: see :meth:`current_gates`.
         """
         gates = outside = None
+        again = _runs_in_backward()
+        if again:
+            probe = None  # it was told before
         hidden, weight = as_under_autocast(hidden, weight)  # once, as both are looked at before they are used
         if self.training:
             if self._explicit_steps is not True:
                 self._set_explicit(False)
-                self._count(target, _problem_of(hidden, weight, target, self.shard, reduction))
+                if not again:
+                    self._count(target, _problem_of(hidden, weight, target, self.shard, reduction))
             gates = self.current_gates()
             if not kernels.values_are_at_hand(target):
                 outside = outside_vocabulary(target, self.ignore_index, self.shard)
@@ -208,7 +214,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             soft_cap=self.soft_cap,
             probe=probe,
         )
-        if self.training:
+        if self.training and not again:
             fault = ~torch.isfinite(loss.detach()).all()
             if outside is not None:
                 fault |= outside.any()  # where it was counted, its own message comes first
@@ -239,6 +245,12 @@ class AdaptiveGradientGating(torch.nn.Module):
                 "the loss once per step; otherwise targets would be counted twice or not at all"
             )
         self._explicit_steps = explicit
+
+
+def _runs_in_backward() -> bool:
+    """Whether activation checkpointing does again what was done: it counts once."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def _problem_of(

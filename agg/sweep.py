@@ -237,7 +237,7 @@ class Sweep:
         coefficient *= self.row_scale * self._here
         for chunk in self._order.split(self.job.chunk_tokens):
             entries = self._hidden_of(chunk).to(self.sum_dtype) * coefficient[chunk][:, None]
-            kernels.add_rows_(self._weight_sum, self._rows[chunk], entries)
+            kernels.add_rows_(self._weight_sum, self._rows[chunk], entries, self._here[chunk])
 
 
 def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +258,7 @@ def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def soft_cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """``logits = cap * tanh(logits / cap)`` in place; returns the slope ``1 - tanh^2`` there, of the same shape."""
     tanh = logits.div_(cap).tanh_()
-    slope = 1 - tanh.square()
+    slope = tanh.square().neg_().add_(1)
     logits.mul_(cap)
     return slope
 

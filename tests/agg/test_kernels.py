@@ -210,6 +210,21 @@ def test_products_of_bfloat16_are_summed_in_float32(with_triton, monkeypatch):
         assert torch.equal(total, torch.full((3, 2), 1 + 4 * 2**-9))
 
 
+def test_entries_of_other_ranks_do_not_pile_up_on_one_row(monkeypatch):
+    """Where rows are sorted, a row's entries are added one after the other."""
+    rows, here = torch.randint(0, 10, (400,)), torch.rand(400) < 0.2
+    rows[~here] = 0
+    spread = kernels.spread_rows(rows, here, 10)
+    assert torch.equal(spread[here], rows[here]) and spread[~here].bincount(minlength=10).max() < 60
+    entries, sums = torch.rand(400, 3, dtype=torch.float64) * here[:, None], []
+    for sorting in (True, False):
+        monkeypatch.setattr(kernels, "_adds_by_sorting", lambda matrix, sorting=sorting: sorting)
+        sums.append(torch.zeros(10, 3, dtype=torch.float64))
+        kernels.add_rows_(sums[-1], rows, entries, here)
+    torch.testing.assert_close(*sums, rtol=1e-14, atol=0)
+    kernels.add_rows_(torch.zeros(0, 3), rows[:0], entries[:0].float(), here[:0])
+
+
 @pytest.mark.parametrize("window", ["sliding", "exponential"])
 @pytest.mark.parametrize(
     ("reduction", "options"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from agg import AdaptiveGradientGating, TokenFrequency, gated_linear_cross_entropy, rarity_gates
+from agg import AdaptiveGradientGating, Gates, LossProbe, TokenFrequency, gated_linear_cross_entropy, rarity_gates
 from tests.agg.problems import make_problem
 
 
@@ -198,3 +199,55 @@ def test_mixing_the_two_ways_of_counting_is_refused():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         build(make_problem(), **options)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_activation_checkpointing_does_again_is_not_counted_again(use_reentrant, reduction):
+    problem = make_problem()
+    found, shares = [], []
+    for checkpointed in (True, False):
+        module, probe = build(problem), LossProbe()
+        hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+
+        def mean(hidden, weight, module=module, probe=probe):
+            return module(hidden, weight, problem.target, reduction, probe).sum() / (problem.target >= 0).sum()
+
+        for _ in range(2):
+            loss = (
+                checkpoint(mean, hidden, weight, use_reentrant=use_reentrant) if checkpointed else mean(hidden, weight)
+            )
+            loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad, module.frequency.appearances))
+        shares.append(probe.gated_share(module.shard, None))
+        assert module.frequency.steps == 2 and len(probe.token_losses) == 2
+        module.undo_step()
+        assert module.frequency.steps == 1
+    assert shares[0] == shares[1] and shares[0].of_all > 0
+    for with_it, without in zip(*found, strict=True):
+        assert torch.equal(with_it, without)
+
+
+@pytest.mark.parametrize("window", ["sliding", "exponential"])
+def test_counts_that_were_asked_for_stay_what_they_were(window):
+    problem = make_problem()
+    module = build(problem, window=window)
+    with torch.inference_mode():
+        module.current_gates()  # as an evaluation before the first step does
+    seen = []
+    for _ in range(3):
+        module(problem.hidden, problem.weight, problem.target)
+        seen.append((module.frequency.appearances, module.frequency.appearances.clone()))
+    module.undo_step()
+    assert torch.equal(module.frequency.appearances, seen[1][1]) and seen[1][1].sum() < seen[2][1].sum()
+    assert all(torch.equal(given, as_it_was) for given, as_it_was in seen)
+
+
+def test_tensors_on_several_devices_are_refused():
+    problem = make_problem()
+    module = build(problem)
+    with pytest.raises(ValueError, match="hidden, weight and target lie on several devices: cpu, meta"):
+        module(problem.hidden, problem.weight.to("meta"), problem.target)
+    gates = Gates(*(gate.to("meta") for gate in module.current_gates().__dict__.values()))
+    with pytest.raises(ValueError, match="gates are on meta, weight on cpu: count targets that lie there"):
+        gated_linear_cross_entropy(problem.hidden, problem.weight, problem.target, gates, problem.shard(0, 1))
