@@ -5,8 +5,9 @@ They are written by :mod:`pretrain.checkpointing.saving`.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,29 @@ def load_checkpoint(
     if differences:
         if topology.is_first:
             say(f"{checkpoint.name} was saved on another layout ({'; '.join(differences)}) and is moved to this one")
-        portable = PortableCheckpoint(checkpoint)
+        portable = PortableCheckpoint(checkpoint, manifest)
         load_portable(engine, portable, topology)
         load_rank_state(portable.rank_states())
         seed_everything(seed_of_resume(seed, topology.data_parallel_rank, progress.consumed_samples))
         return progress
-    engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+    with _own_options(engine):
+        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
     state = torch.load(checkpoint / rank_file(topology.rank), map_location="cpu", weights_only=False)
     load_rank_state(state["rank_state"])
     _set_random_state(state["random"], topology.device)
     return progress
+
+
+@contextlib.contextmanager
+def _own_options(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Weight decay, betas and clipping stay the recipe's: DeepSpeed would put those of the checkpoint there."""
+    options = [{k: v for k, v in group.items() if k != "params"} for group in engine.basic_optimizer.param_groups]
+    clip = getattr(engine.optimizer, "clip_grad", None)
+    yield
+    for group, own in zip(engine.basic_optimizer.param_groups, options, strict=True):
+        group.update(own)
+    if clip is not None:
+        engine.optimizer.clip_grad = clip
 
 
 def layout_of(engine: deepspeed.DeepSpeedEngine, topology: Topology) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _verify(checkpoint: Path, topology: Topology) -> None:
-    """Every rank hashes its share, and all hear of every bad file."""
+    """Every rank looks at its share, sizes and hashes, and all hear of every bad file."""
     everyone: list[Any] = [None] * topology.world_size
     own = problems_of(checkpoint, share=slice(topology.rank, None, topology.world_size))
     dist.all_gather_object(everyone, own)

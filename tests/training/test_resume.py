@@ -139,6 +139,33 @@ def go_on(rank, world_size, recipe, allow_changes):
     return train(recipe, connect(recipe), 3, allow_changes=allow_changes).step
 
 
+def options_after_resume(rank, world_size, recipe):
+    from pretrain.topology import connect
+    from pretrain.training.loop import load_newest
+    from pretrain.training.setup import build_run
+
+    run = build_run(recipe, connect(recipe))
+    run.allows_changes = True
+    assert load_newest(run, RunFolder(recipe.run_folder)) is not None
+    groups = run.engine.basic_optimizer.param_groups
+    clip = run.engine.optimizer.clip_grad if run.engine.zero_optimization() else run.engine.update_guard.clip_norm
+    return [(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in groups], clip
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision"),
+    [("zero0", "fp32"), ("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "fp32"), ("zero3", "bf16")],
+)
+def test_an_optimizer_that_was_asked_for_is_used(prepared_recipe, tmp_path, sharding, precision):
+    """DeepSpeed would put the options of the checkpoint in its place."""
+    recipe = change(prepared_recipe, output_root=str(tmp_path), precision=precision, parallel={"sharding": sharding})
+    train_on_ranks(recipe, 2, stop_at_step=2)
+    other = {"weight_decay": 0.3, "betas": (0.8, 0.9), "epsilon": 1e-7, "gradient_clipping": 0.25}
+    changed = change(recipe, optimizer=other, parallel={"data_parallel_size": 2})
+    (groups, clip), _ = run_ranks(options_after_resume, 2, changed)
+    assert groups == [(0.3, (0.8, 0.9), 1e-7), (0.0, (0.8, 0.9), 1e-7)] and clip == 0.25
+
+
 def test_another_optimizer_is_refused_unless_asked_for(prepared_recipe, tmp_path):
     """Also where only the checkpoint knows, as after data that were prepared again in the same folder."""
     recipe = change(prepared_recipe, output_root=str(tmp_path))
