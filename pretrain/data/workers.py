@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, _ExecutorManagerThread
 
 from pretrain.errors import UserError
 
@@ -26,12 +26,20 @@ def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
         pool.submit(os.getpid).result()  # the first task forks them all
         yield pool
     except BrokenProcessPool as error:
+        if _leaves_the_queue_open():
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
         raise UserError(
             f"one of {processes} worker processes was killed, probably because memory ran out: set "
             "data.prepare_processes lower and run it again, it continues"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _leaves_the_queue_open() -> bool:
+    """Before Python 3.11.5 (gh-94777) the thread that writes tasks waits for ever for somebody to read a large one."""
+    does = _ExecutorManagerThread.terminate_broken.__code__.co_names
+    return not {"_reader", "_terminate_broken"} & set(does)
 
 
 def _begin() -> None:

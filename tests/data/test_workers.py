@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from concurrent.futures import process as futures
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,11 @@ def fail(number: int) -> None:
     raise LookupError(f"no {number}")
 
 
+def slow_length(text: bytes) -> int:
+    time.sleep(0.2)
+    return len(text)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -60,6 +68,23 @@ def test_a_worker_that_is_killed_while_it_waits(which: int) -> None:
         os.kill(sorted(pool._processes)[which], signal.SIGKILL)
         while True:
             pool.submit(time.sleep, 0.05).result()
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_worker_that_is_killed_while_large_tasks_wait(monkeypatch: pytest.MonkeyPatch, closes: bool) -> None:
+    """More than a pipe holds: what writes them waits for a reader, and Python 3.11.0 to 3.11.4 left it so."""
+    if not closes:
+        source = inspect.getsource(futures._ExecutorManagerThread.terminate_broken)
+        earlier = textwrap.dedent(source).replace("self.call_queue._reader.close()", "pass")
+        names = dict(vars(futures))
+        exec(earlier, names)
+        monkeypatch.setattr(futures._ExecutorManagerThread, "terminate_broken", names["terminate_broken"])
+    large = b"." * 2**20
+    with pytest.raises(UserError, match=KILLED), workers(2) as pool:
+        waiting = [pool.submit(slow_length, large) for _ in range(12)]
+        os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        for task in waiting:
+            task.result()
 
 
 def test_no_worker_outlives_its_parent() -> None:
