@@ -36,7 +36,7 @@ NOT_OF_A_RUN = (
     "resharding",
 )
 
-EVALUATION_FORMAT = 3
+EVALUATION_FORMAT = 4
 
 
 class RunFolder:

@@ -77,19 +77,22 @@ def problems_of(checkpoint: Path, *, hashed: bool = True, share: slice = slice(N
 
     Args:
         hashed: also compare SHA-256, which reads everything.
-        share: which files to hash, where ranks divide them.
+        share: which files to look at, where ranks divide them; who has the first also looks for files that are none
+            of the checkpoint.
     """
     try:
         files = read_manifest(checkpoint)["files"]
     except DamagedCheckpoint as error:
         return error.problems
-    problems = [problem for name, entry in files.items() if (problem := _size_problem(checkpoint, name, entry))]
-    # DeepSpeed finds files by pattern, and would take one that was put there.
-    others = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.pt")} - files.keys()
-    problems += [f"{name} is not in {MANIFEST}" for name in sorted(others)]
+    own = sorted(files)[share]
+    problems = [problem for name in own if (problem := _size_problem(checkpoint, name, files[name]))]
+    if share.start in (None, 0):
+        # DeepSpeed finds files by pattern, and would take one that was put there.
+        others = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.pt")} - files.keys()
+        problems += [f"{name} is not in {MANIFEST}" for name in sorted(others)]
     if hashed and not problems:
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda name: _hash_problem(checkpoint, name, files[name]), sorted(files)[share])
+            found = pool.map(lambda name: _hash_problem(checkpoint, name, files[name]), own)
             problems = [problem for problem in found if problem]
     return problems
 

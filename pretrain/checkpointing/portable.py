@@ -32,6 +32,9 @@ def write_parameters(folder: Path, splits: Mapping[str, Split], optimizer_order:
 class PortableCheckpoint:
     """Tensors of the unsplit model, read one at a time.
 
+    Args:
+        manifest: of a checkpoint that was verified; None: it is read, and sizes are compared.
+
     Attributes:
         layout: of the ranks that saved, as in the manifest.
         step, consumed_samples, consumed_tokens: progress of the run.
@@ -42,8 +45,8 @@ class PortableCheckpoint:
         UserError: it is one that loads only on the layout that saved it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        manifest = check_whole(folder)
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None = None) -> None:
+        manifest = manifest or check_whole(folder)
         described = json.loads((folder / PARAMETERS_FILE).read_text(encoding="utf-8"))
         self.folder = folder
         self.layout: dict[str, Any] = manifest["layout"]

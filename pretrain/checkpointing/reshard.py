@@ -8,11 +8,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pretrain.checkpointing.checkpoint import load_checkpoint
+from pretrain.checkpointing.folder import read_manifest
+from pretrain.checkpointing.trained_on import trained_on_of
 from pretrain.console import say
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.training.setup import build_run
+from pretrain.training.stopping import hold_back_signals
 
 
 def reshard(folder: RunFolder, checkpoint: Path, recipe: Recipe, topology: Topology) -> None:
@@ -30,9 +33,11 @@ def reshard(folder: RunFolder, checkpoint: Path, recipe: Recipe, topology: Topol
     if topology.is_first:
         shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
     dist.barrier()
-    run.saver.save(staging, progress, run.objective.state_dict(), run.identity)
+    place = trained_on_of(read_manifest(checkpoint))  # not these ranks: they train nothing
+    run.saver.save(staging, progress, run.objective.state_dict(), run.identity, place)
     run.saver.wait()
     if topology.is_first:
+        hold_back_signals()  # between two renames there is no checkpoint of this step
         aside = folder.replace_checkpoint(checkpoint, staging / checkpoint.name)
         shutil.rmtree(staging)
         say(f"{checkpoint.name} is on {topology.describe()} now; the one before is kept in {aside}")

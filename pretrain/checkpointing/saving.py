@@ -70,12 +70,20 @@ class CheckpointSaver:
         self._running: Future[None] | None = None
         self._seconds: list[dict[str, float]] = []  # of saves that were not told yet
 
-    def save(self, folder: Path, progress: Progress, rank_state: dict[str, Any], identity: dict[str, Any]) -> None:
+    def save(
+        self,
+        folder: Path,
+        progress: Progress,
+        rank_state: dict[str, Any],
+        identity: dict[str, Any],
+        trained_on: dict[str, Any],
+    ) -> None:
         """Save all ranks' state.
 
         Args:
             rank_state: what this rank needs beside the engine (token counts).
             identity: what a resumed run must share (data, tokenizer, recipe).
+            trained_on: hardware, layout and versions of the training that led here, for evaluations.
 
         Raises:
             CheckpointError: this or the last one could not be written, naming path and cause.
@@ -97,6 +105,7 @@ class CheckpointSaver:
             "saved_at": time.time(),  # seconds since 1970
             "layout": layout_of(self._engine, self._topology),
             "identity": identity,
+            "trained_on": trained_on,
             "versions": versions(),
         }
         splits = parameter_splits(self._engine.module, self._topology.tensor_parallel_size)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pretrain import __version__
 from pretrain.checkpointing.checkpoint import load_checkpoint
+from pretrain.checkpointing.folder import read_manifest
 from pretrain.checkpointing.identity import NOT_OF_WEIGHTS
+from pretrain.checkpointing.trained_on import trained_on_of
 from pretrain.console import say
 from pretrain.data.corpus import Split
 from pretrain.evaluation.measures import Arrays, measure
@@ -52,7 +51,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
         **found,
         "parameters": size.total,
         "parameters_without_embeddings": size.without_embeddings,
-        "training": _training_facts(run, folder),
+        "training": _training_facts(run, folder, checkpoint),
     }
     write_evaluation(evaluation, arrays, *folder.evaluation_files(checkpoint))
 
@@ -72,35 +71,16 @@ def write_evaluation(evaluation: dict[str, Any], arrays: Arrays, file: Path, arr
     )
 
 
-def versions() -> dict[str, str]:
-    return {"pretrain": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _training_facts(run: Run, folder: RunFolder) -> dict[str, Any]:
-    """How the run was trained up to the checkpoint, from its records and this machine."""
+def _training_facts(run: Run, folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
+    """How the run was trained up to the checkpoint, from its records, and where that was saved."""
     records = [record for record in read_metrics(folder.metrics_file) if record["step"] <= run.progress.step]
     rates = [record["tokens_per_second"] for record in records]
     seconds, last_step = 0.0, 0
     for record in records:
         seconds += record["step_seconds"] * (record["step"] - last_step)
         last_step = record["step"]
-    device = run.topology.device
     return {
         "tokens_per_second": float(np.median(rates)) if rates else None,
         "seconds": seconds,
-        "world_size": run.topology.world_size,
-        "tensor_model_parallel_size": run.topology.tensor_parallel_size,
-        "data_parallel_size": run.topology.data_parallel_size,
-        "sharding": run.recipe.parallel.sharding,
-        "precision": run.recipe.precision,
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "versions": versions(),
+        **trained_on_of(read_manifest(checkpoint)),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"

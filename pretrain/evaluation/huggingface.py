@@ -25,12 +25,13 @@ from pretrain.console import bar
 from pretrain.data.corpus import Split, documents
 from pretrain.data.windows import IGNORED_TARGET, TokenStream
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluate import SPLIT, versions, write_evaluation
+from pretrain.evaluation.evaluate import SPLIT, write_evaluation
 from pretrain.evaluation.measures import measure
 from pretrain.evaluation.subject import Embedding, Subject
 from pretrain.evaluation.word_similarity import read_encoded, words_in_text
 from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
+from pretrain.versions import versions
 
 DOCUMENTS_AT_ONCE = 256
 NOT_TRAINED_HERE = (

@@ -63,6 +63,7 @@ def measure(subject: Subject, similarity_files: Sequence[Path]) -> tuple[dict[st
         "bits_per_byte": {
             "non_overlapping": bits_per_byte(subject, plain),
             "sliding_window": bits_per_byte(subject, sliding),
+            "text_bytes": subject.text_bytes,
         },
         **output,
         "input_embedding": untied,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain.report.formatting import as_percent, compact, count, fixed, grouped
-from pretrain.report.measures import Measure, by_stem
+from pretrain.report.measures import Measure, by_stem, same_targets, same_text
 from pretrain.report.methods import Method
 
 GROUPS = ("frequent", "medium", "rare", "total")
@@ -46,23 +46,24 @@ def main_measures(methods: Sequence[Method]) -> list[Measure]:
 def _perplexities(section: str, path: tuple[str, ...], **how: Any) -> list[Measure]:
     return [
         Measure(section, f"{name} tokens" if name != "total" else "total", (*path, name), "lower", compact,
-                in_words=MAIN.get((*path, name), ""), by_log=True, of_targets=True, **how)
+                in_words=MAIN.get((*path, name), ""), by_log=True, comparable=same_targets, **how)
         for name in GROUPS
     ]  # fmt: skip
 
 
 def _bits() -> list[Measure]:
     return [
-        Measure("Bits per byte of text", label, ("bits_per_byte", key), "lower", fixed, by_ratio=False)
+        Measure("Bits per byte of text", label, ("bits_per_byte", key), "lower", fixed, by_ratio=False,
+                comparable=same_text)
         for key, label in (("non_overlapping", "sequences side by side"), ("sliding_window", "sliding window"))
-    ]
+    ]  # fmt: skip
 
 
 def _distinct() -> list[Measure]:
     return [
         Measure("Distinct tokens predicted", f"{name} tokens" if name != "total" else "total",
                 ("unique_tokens", name), "higher", count, human=("unique_targets", name),
-                in_words=MAIN.get(("unique_tokens", name), ""), of_targets=True, required=True)
+                in_words=MAIN.get(("unique_tokens", name), ""), comparable=same_targets, required=True)
         for name in GROUPS
     ]  # fmt: skip
 
@@ -102,7 +103,7 @@ def _generation() -> list[Measure]:
     )  # fmt: skip
     return [
         Measure(section, label, ("generation", mode, key), "near human", show, human=("generation", "human", key),
-                by_ratio=False, of_targets=True)
+                by_ratio=False, comparable=same_targets)
         for mode, section in (("greedy", "Generated text, most likely token"), ("sampled", "Generated text, sampled"))
         for key, label, show in parts
     ]  # fmt: skip

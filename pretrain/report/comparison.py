@@ -12,7 +12,7 @@ from pretrain.evaluation.evaluation_file import look_up
 from pretrain.report.catalogue import main_measures
 from pretrain.report.formatting import absent, compact, fixed, percents
 from pretrain.report.intervals import Interval
-from pretrain.report.measures import Measure, same_targets
+from pretrain.report.measures import Measure, same_targets, same_text, text_sizes
 from pretrain.report.methods import Method, repeated_seeds
 from pretrain.report.run_records import RunRecord
 
@@ -56,8 +56,8 @@ def caveats(methods: Sequence[Method]) -> list[str]:
     if not same_targets(methods):
         found.append(
             "The runs were not evaluated on the same targets (their corpus, tokenizer or split differ): their "
-            "perplexities, distinct tokens and generated texts cannot be compared, nor with one human text. "
-            "Bits per byte can, if the text is the same."
+            "perplexities, distinct tokens and generated texts cannot be compared, nor with one human text."
+            + _of_texts(methods)
         )
     if len({record.evaluation["tokens"] for record in records}) > 1:
         found.append("The runs were not trained on the same number of tokens.")
@@ -83,6 +83,13 @@ def caveats(methods: Sequence[Method]) -> list[str]:
     if len(methods) > 1 and all(len(method.records) == 1 for method in methods):
         found.append("Each column is one run with one seed; a difference of a percent can be chance.")
     return found + _many_comparisons(methods)
+
+
+def _of_texts(methods: Sequence[Method]) -> str:
+    if same_text(methods):
+        return " Bits per byte can: the texts have as many bytes."
+    sizes = " and ".join(f"{size:,}" for size in text_sizes(methods))
+    return f" Nor can their bits per byte: the texts have {sizes} bytes."
 
 
 def _trained_on(records: Sequence[RunRecord]) -> list[str]:
@@ -161,7 +168,7 @@ def _as_measured(method: Method, first: Method, rows: Sequence[Measure], why: st
     same: list[str] = []
     for row in rows:
         value, base = row.value(method), row.value(first)
-        if value is None or base is None or (row.of_targets and not same_targets([method, first])):
+        if value is None or base is None or not row.comparable([method, first]):
             continue
         text = f"{row.in_words} ({row.text_of(base)} to {row.text_of(value)}{_percent(row, value, base)})"
         if abs(value - base) < HARDLY * (abs(base) if row.by_ratio else 1) or value == base:

@@ -23,6 +23,26 @@ Better = Literal["lower", "higher", "near zero", "near human"]
 ARROWS = {"lower": "↓", "higher": "↑", "near zero": "→ 0", "near human": "→ human", None: ""}
 
 
+def always(methods: Sequence[Method]) -> bool:
+    return True
+
+
+def same_targets(methods: Sequence[Method]) -> bool:
+    """Whether all were evaluated on the same number of tokens of each group, and so can be compared by them."""
+    first = methods[0].first.evaluation["target_tokens"]
+    return all(method.first.evaluation["target_tokens"] == first for method in methods)
+
+
+def same_text(methods: Sequence[Method]) -> bool:
+    """Whether all were evaluated on as many bytes of text."""
+    return len(text_sizes(methods)) == 1
+
+
+def text_sizes(methods: Sequence[Method]) -> list[int]:
+    """UTF-8 bytes of the texts that methods were evaluated on, each once."""
+    return list(dict.fromkeys(method.first.evaluation["bits_per_byte"]["text_bytes"] for method in methods))
+
+
 @dataclass(frozen=True)
 class Measure:
     """One row of the table.
@@ -36,7 +56,7 @@ class Measure:
         in_words: the name in a sentence; empty: not one of the numbers that the text is about.
         by_ratio: whether the change of one run against another reads as a ratio or as a difference (a cosine).
         by_log: whether seeds are paired by the logarithm of their ratio, as a perplexity is, or by their difference.
-        of_targets: whether it only means something beside runs that were evaluated on the same tokens.
+        comparable: whether it means something beside each other in these methods.
         required: shown, as a dash, where nothing measured it.
     """
 
@@ -49,7 +69,7 @@ class Measure:
     in_words: str = ""
     by_ratio: bool = True
     by_log: bool = False
-    of_targets: bool = False
+    comparable: Callable[[Sequence[Method]], bool] = always
     required: bool = False
 
     @property
@@ -87,7 +107,7 @@ class Measure:
 
     def human_value(self, methods: Sequence[Method]) -> float | None:
         """Of the first run that knows the text; None where they were evaluated on several."""
-        if not self.human or (self.of_targets and not same_targets(methods)):
+        if not self.human or not self.comparable(methods):
             return None
         values = (record.number(*self.human) for method in methods for record in method.records)
         return next((value for value in values if value is not None), None)
@@ -103,7 +123,7 @@ class Measure:
         value, base = self.value(method), self.value(first)
         if value is None or base is None or not math.isfinite(value) or not math.isfinite(base):
             return ""
-        if self.of_targets and not same_targets([method, first]):
+        if not self.comparable([method, first]):
             return ""
         if not self.by_ratio:
             return signed(value - base, self.show)
@@ -122,7 +142,7 @@ class Measure:
 
         Runs without a seed, and single runs of different seeds, are no pair.
         """
-        if self.of_targets and not same_targets([method, first]):
+        if not self.comparable([method, first]):
             return []
         bases: dict[int | None, float | None] = {
             record.seed: self.of_run(record) for record in first.records if record.seed is not None
@@ -151,16 +171,10 @@ class Measure:
         human = self.human_value(methods)
         texts = {self.show(value) for value in measured.values()}
         unknown = self.better is None or (self.better == "near human" and human is None)
-        if unknown or len(texts) < 2 or (self.of_targets and not same_targets(methods)):
+        if unknown or len(texts) < 2 or not self.comparable(methods):
             return set()
         best = self.show(min(measured.values(), key=lambda value: self.cost(value, human)))
         return {i for i, value in measured.items() if self.show(value) == best}
-
-
-def same_targets(methods: Sequence[Method]) -> bool:
-    """Whether all were evaluated on the same number of tokens of each group, and so can be compared by them."""
-    first = methods[0].first.evaluation["target_tokens"]
-    return all(method.first.evaluation["target_tokens"] == first for method in methods)
 
 
 def uneven(method: Method, measure: Measure) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from pretrain.checkpointing.checkpoint import Progress, resume
 from pretrain.checkpointing.folder import checkpoints_in, remove_unfinished
+from pretrain.checkpointing.trained_on import trained_on
 from pretrain.cluster.incarnation import watch_fence
 from pretrain.cluster.preflight import preflight
 from pretrain.console import bar, say
@@ -218,7 +219,8 @@ def _roll_back(run: Run, spike: Spike, folder: RunFolder, writer: MetricsWriter 
 
 def save(run: Run, folder: RunFolder) -> None:
     """Write a checkpoint of all ranks; where it is written in the background, ``run.saver.wait()`` sees it done."""
-    run.saver.save(folder.checkpoints, run.progress, run.objective.state_dict(), run.identity)
+    place = trained_on(run.recipe, run.topology)
+    run.saver.save(folder.checkpoints, run.progress, run.objective.state_dict(), run.identity, place)
 
 
 def load_newest(run: Run, folder: RunFolder) -> Progress | None:

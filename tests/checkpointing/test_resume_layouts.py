@@ -10,7 +10,7 @@ import torch
 
 from pretrain.checkpointing import checkpoint, portable_load
 from pretrain.checkpointing.checkpoint import Progress
-from pretrain.checkpointing.folder import latest_problem, problems_of
+from pretrain.checkpointing.folder import latest_problem, problems_of, read_manifest
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import seed_of_resume
 from pretrain.checkpointing.split import Split
@@ -196,8 +196,10 @@ def test_reshard_ahead_of_time(prepared_recipe, tmp_path):
     train_on_ranks(recipe, 1, stop_at_step=3)
     folder = RunFolder(recipe.run_folder)
     overrides = ["parallel.tensor_model_parallel_size=2", "parallel.sharding=zero3"]
-    done = pretrain("checkpoint", "reshard", str(folder.path), *overrides)
     saved = folder.checkpoints / "step_00000003"
+    trained_on = read_manifest(saved)["trained_on"]
+    done = pretrain("checkpoint", "reshard", str(folder.path), *overrides)
+    assert read_manifest(saved)["trained_on"] == trained_on and trained_on["world_size"] == 1
     assert "step_00000003 is on 2 rank(s)" in done.stdout
     (before,) = folder.path.glob("aside/*/checkpoints/step_00000003")
     assert problems_of(saved) == problems_of(before) == [] and latest_problem(folder.checkpoints) is None

@@ -7,7 +7,15 @@ import time
 import pytest
 
 from pretrain.checkpointing import folder as folder_module
-from pretrain.checkpointing.folder import checkpoint_name, checkpoints_in, delete_old, read_manifest, write_manifest
+from pretrain.checkpointing.folder import (
+    checkpoint_name,
+    checkpoints_in,
+    delete_old,
+    problems_of,
+    read_manifest,
+    write_manifest,
+)
+from pretrain.files import file_sha256
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
 from tests.small_runs import change, on_ranks, read_metrics, train_rank
@@ -68,3 +76,28 @@ def test_what_is_looked_at_to_delete_old_checkpoints(tmp_path, monkeypatch):
     delete_old(tmp_path, 100, keep_last=2, keep_every_steps=20)
     assert looked_at == [100, 90, 80, 70]
     assert [folder_module.step_of(path) for path in checkpoints_in(tmp_path)] == [100, 90, 80, 60, 40, 20]
+
+
+@pytest.mark.parametrize("damage", ["none", "missing", "truncated", "flipped", "another"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 9])
+def test_ranks_share_the_look_at_a_checkpoint(tmp_path, monkeypatch, damage, ranks):
+    """Together they find what one finds, and each file is looked at once."""
+    files = {f"{letter}.pt": letter.encode() * 10 for letter in "abcdefg"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    entries = {name: {"bytes": 10, "sha256": file_sha256(tmp_path / name)} for name in files}
+    write_manifest(tmp_path, {"files": entries})
+    harm = {"truncated": b"eeee", "flipped": b"eeeeeeeeef"}
+    if damage == "missing":
+        (tmp_path / "e.pt").unlink()
+    elif damage != "none":
+        (tmp_path / ("x.pt" if damage == "another" else "e.pt")).write_bytes(harm.get(damage, b""))
+    alone = problems_of(tmp_path)
+    assert len(alone) == (damage != "none")
+    looked_at, size_problem = [], folder_module._size_problem
+    monkeypatch.setattr(
+        folder_module, "_size_problem", lambda *given: looked_at.append(given[1]) or size_problem(*given)
+    )
+    shares = [problems_of(tmp_path, share=slice(rank, None, ranks)) for rank in range(ranks)]
+    assert [problem for found in shares for problem in found] == alone
+    assert sorted(looked_at) == sorted(files)

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from pretrain.__main__ import main
+from pretrain.checkpointing.folder import read_manifest, write_manifest
+from pretrain.evaluation.evaluation_file import read_evaluation
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
 from tests.small_runs import change, train_on_ranks
 
@@ -33,7 +35,7 @@ def test_the_newest_checkpoint_and_older_ones(run, capfd):
     older = json.loads((run.path / "evaluations" / "step_00000003.json").read_text())
     newest = json.loads(run.evaluation_file.read_text())
     assert (older["checkpoint_step"], newest["checkpoint_step"]) == (3, 6)
-    assert older["format"] == newest["format"] == EVALUATION_FORMAT == 3
+    assert older["format"] == newest["format"] == EVALUATION_FORMAT == 4
     assert older["seed"] == 1234 and older["isotropy"] != newest["isotropy"]
     assert 0 < older["training"]["seconds"] < newest["training"]["seconds"]
     assert (run.path / "evaluations" / "step_00000003.npz").exists() and run.evaluation_arrays.exists()
@@ -43,10 +45,28 @@ def test_the_newest_checkpoint_and_older_ones(run, capfd):
         assert "is evaluated already" in capfd.readouterr().out
 
 
+def test_where_a_run_was_trained_comes_from_its_checkpoint(run):
+    """It may be evaluated on another machine; earlier versions noted the layout alone."""
+    checkpoint = run.checkpoints / "step_00000003"
+    manifest = read_manifest(checkpoint)
+    elsewhere = manifest["trained_on"] | {"hardware": "another machine", "world_size": 8, "sharding": "zero3"}
+    earlier = {key: value for key, value in manifest.items() if key != "trained_on"}
+    assert manifest["trained_on"]["hardware"] and manifest["trained_on"]["versions"] == manifest["versions"]
+    cases = [(manifest | {"trained_on": elsewhere}, elsewhere),
+             (earlier, manifest["trained_on"] | {"hardware": None})]  # fmt: skip
+    for given, expected in cases:
+        (run.path / "evaluations" / "step_00000003.json").unlink(missing_ok=True)
+        write_manifest(checkpoint, given)
+        assert main(["evaluate", str(run.path), "--checkpoint", "3"]) == 0
+        training = read_evaluation(run.path / "evaluations" / "step_00000003.json")["training"]
+        assert {key: training[key] for key in expected} == expected
+    write_manifest(checkpoint, manifest)
+
+
 def test_an_evaluation_of_an_older_version_is_made_again(run, capfd):
     assert main(["evaluate", str(run.path)]) == 0
     tree = json.loads(run.evaluation_file.read_text())
-    run.evaluation_file.write_text(json.dumps(tree | {"format": 1}))
+    run.evaluation_file.write_text(json.dumps(tree | {"format": 3}))
     assert main(["evaluate", str(run.path)]) == 0
     assert "evaluated already" not in capfd.readouterr().out.splitlines()[-1]
     assert json.loads(run.evaluation_file.read_text())["perplexity"] == tree["perplexity"]

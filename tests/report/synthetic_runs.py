@@ -163,7 +163,7 @@ def _arrays(kind: str, random: np.random.Generator) -> dict[str, Any]:
 
 
 def evaluation_tree(name: str, kind: str, seed: int, arrays: dict[str, Any]) -> dict[str, Any]:
-    """``evaluation.json``, format 2; with a seed other than 0 its numbers scatter a little."""
+    """``evaluation.json``, with a seed other than 0 its numbers scatter a little."""
     random = np.random.default_rng(1000 + seed)
     scatter = 0.0 if seed == 0 else 1.0
     # What a seed does to all methods alike, and what it does to this one.
@@ -178,7 +178,7 @@ def evaluation_tree(name: str, kind: str, seed: int, arrays: dict[str, Any]) -> 
     words = {"MEN": {"spearman": 0.31 - 0.1 * cone, "interval": [0.28 - 0.1 * cone, 0.34 - 0.1 * cone], "pairs": 3000,
                      "coverage": 0.82}}  # fmt: skip
     return {
-        "format": 3, "run": name, "method": KINDS[kind]["objective"]["method"], "seed": seed, "checkpoint_step": STEPS,
+        "format": 4, "run": name, "method": KINDS[kind]["objective"]["method"], "seed": seed, "checkpoint_step": STEPS,
         "tokens": STEPS * TOKENS_PER_STEP,
         "split": "test", "perplexity": dict(zip(names, perplexity, strict=True)),
         "unique_tokens": dict(zip(names, (*unique, sum(unique)), strict=True)),
@@ -187,7 +187,7 @@ def evaluation_tree(name: str, kind: str, seed: int, arrays: dict[str, Any]) -> 
         "sliding_window": {"window": 256, "stride": 56, "perplexity": dict(zip(names, sliding, strict=True)),
                            "unique_tokens": dict(zip(names, (*unique, sum(unique)), strict=True))},
         "bits_per_byte": {"non_overlapping": float(np.log2(perplexity[-1]) / 4.3),
-                          "sliding_window": float(np.log2(sliding[-1]) / 4.3)},
+                          "sliding_window": float(np.log2(sliding[-1]) / 4.3), "text_bytes": 1_204_811},
         **shape, "seen_rows": {key: value * 0.97 for key, value in shape.items()}, "word_similarity": words,
         "under_trained_tokens": _under_trained(cone), "generation": _generation(cone), "input_embedding": None,
         "parameters": 2_891_264, "parameters_without_embeddings": 793_344,

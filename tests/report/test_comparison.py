@@ -183,6 +183,19 @@ def test_what_cannot_be_compared_is_said_and_not_compared(tmp_path: Path) -> Non
     assert row_of(methods, "isotropy").best(methods) == {1}
 
 
+def test_bits_per_byte_are_compared_over_one_text(tmp_path: Path) -> None:
+    targets = {"frequent": 1, "medium": 1, "rare": 1, "total": 3}
+    bits = {"non_overlapping": 1.5, "sliding_window": 1.4}
+    for size, comparable in ((1_204_811, True), (900, False)):
+        methods = two(tmp_path / str(size), target_tokens=targets, bits_per_byte=bits | {"text_bytes": size})
+        row = row_of(methods, "bits_per_byte", "sliding_window")
+        assert row.best(methods) == ({1} if comparable else set())
+        assert bool(row.change(methods[1], methods[0])) == comparable
+        assert (row.paired(methods[1], methods[0]) is not None) == comparable
+        apart = "Nor can their bits per byte: the texts have 1,204,811 and 900"
+        assert ("Bits per byte can: the texts" if comparable else apart) in caveats(methods)[0]
+
+
 def test_generated_text_of_other_targets_is_not_compared(tmp_path: Path) -> None:
     targets = {"frequent": 1, "medium": 1, "rare": 1, "total": 3}
     human = {"frequent": 20, "medium": 12, "rare": 7, "total": 39}

@@ -75,7 +75,7 @@ def test_what_is_not_an_evaluated_run_is_refused(tmp_path: Path) -> None:
 
 def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"evaluation\.json has format 1, this version reads 3: run `python .*one` again"
+        UserError, match=r"evaluation\.json has format 1, this version reads 4: run `python .*one` again"
     ):
         read_runs([write_run(tmp_path, "one", format=1)])
     folder = write_run(tmp_path, "two")
@@ -85,7 +85,7 @@ def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(tree), encoding="utf-8")
     with pytest.raises(UserError, match="lacks isotropy, training"):
         read_runs([folder])
-    path.write_text('{"format": 3,\n"run": }', encoding="utf-8")
+    path.write_text('{"format": 4,\n"run": }', encoding="utf-8")
     with pytest.raises(UserError, match=r"evaluation\.json:2: not JSON"):
         read_runs([folder])
 

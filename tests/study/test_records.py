@@ -49,7 +49,7 @@ def test_a_file_system_without_locks(claimed, monkeypatch, capfd):
 
 
 def test_numbers_only_and_no_lists():
-    tree = {"format": 3, "a": {"b": 1, "none": None}, "c": [1.0], "d": "x", "e": True, "f": 0.5}
+    tree = {"format": 4, "a": {"b": 1, "none": None}, "c": [1.0], "d": "x", "e": True, "f": 0.5}
     assert records._measures(tree) == {"measure.a.b": 1.0, "measure.a.none": None, "measure.f": 0.5}
 
 
