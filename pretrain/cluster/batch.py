@@ -44,8 +44,7 @@ def _begin(arguments: Sequence[str]) -> int:
     is_training = arguments[0] == "train"
     if arguments[:2] == ["checkpoint", "reshard"]:  # it writes a checkpoint too
         take_over(folder.path, job)
-    suffix = "" if is_training else f".{arguments[0]}"  # a job may also evaluate what it has trained
-    logs = make_folder(folder.logs / f"{job.incarnation}{suffix}")
+    logs = make_folder(folder.logs / f"{job.incarnation}{_suffix(arguments[0], options)}")
     if is_training:
         step = _saved_step(folder)
         earlier = _begins(folder, job)
@@ -99,6 +98,12 @@ def _record_end(folder: RunFolder, job: Job, facts: dict[str, Any]) -> None:
         )
     except OSError as error:  # what follows must still be said
         print(f"cannot write {folder.jobs_file}: {error.strerror}", file=sys.stderr)
+
+
+def _suffix(verb: str, options: argparse.Namespace) -> str:
+    """Of the folder of logs: a job may also evaluate what it has trained, one checkpoint after the other."""
+    step = getattr(options, "checkpoint", None)
+    return "" if verb == "train" else f".{verb}" if step is None else f".{verb}-{step}"
 
 
 def _run_folder(options: argparse.Namespace) -> RunFolder:

@@ -179,6 +179,20 @@ def test_an_evaluation_that_never_has_time_enough(slurm, capsys, tmp_path, monke
     assert "interrupted (SIGUSR1); in 3 starts of the job it was not done" in capsys.readouterr().out
 
 
+def test_evaluations_of_several_checkpoints_are_counted_apart(slurm, capsys, tmp_path, monkeypatch):
+    """A study's job evaluates one after the other, and each start may get through some of them."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for restarts in range(4):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        done = begin(["evaluate", str(run), "--checkpoint", str(10 + restarts)], capsys)
+        ranks_end(done, 0)
+        assert batch.main(["end", str(done), "0"]) == 0
+        interrupted = begin(["evaluate", str(run), "--checkpoint", str(11 + restarts)], capsys)
+        assert interrupted.name == f"7.{restarts}.evaluate-{11 + restarts}"
+        assert batch.main(["end", str(interrupted), "138"]) == 75
+
+
 def test_reshard_takes_the_run_over(slurm, tmp_path, capsys):
     """It writes a checkpoint, which only the incarnation that has the run may."""
     run = tmp_path / "run"
