@@ -233,11 +233,6 @@ def _schedule_problems(recipe: Recipe) -> list[str]:
         problems.append(
             f"schedule.decay_steps is {schedule.decay_steps}, must be between 1 and batch.train_steps ({steps})"
         )
-    elif schedule.kind == "warmup_stable_decay" and schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
-        problems.append(
-            f"schedule.decay_steps ({schedule.decay_steps}) would begin before schedule.warmup_steps "
-            f"({schedule.warmup_steps}) are over: batch.train_steps are {steps}"
-        )
     if not 0 <= schedule.min_learning_rate_ratio <= 1:
         problems.append(f"schedule.min_learning_rate_ratio is {schedule.min_learning_rate_ratio}, must be in [0, 1]")
     return problems

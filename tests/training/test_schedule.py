@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 
-from pretrain.errors import RecipeError
 from pretrain.training.schedule import learning_rate
 from tests.small_runs import change
 
@@ -45,12 +45,11 @@ def test_warmup_stable_decay(prepared_recipe):
     assert values[9:81] == [2.0] * 72 and values[90] == pytest.approx(1.0) and values[99] == pytest.approx(0.1)
 
 
-def test_a_decay_that_would_begin_in_the_warm_up_is_refused(prepared_recipe):
-    """The rate would jump there."""
-    schedule = {"kind": "warmup_stable_decay", "warmup_steps": 50}
-    recipe = change(prepared_recipe, batch={"train_steps": 100})
-    change(recipe, schedule=schedule | {"decay_steps": 50}).check()
-    with pytest.raises(
-        RecipeError, match=r"decay_steps \(51\) would begin before schedule.warmup_steps \(50\) are over"
-    ):
-        change(recipe, schedule=schedule | {"decay_steps": 51}).check()
+def test_a_decay_that_begins_in_the_warm_up(prepared_recipe):
+    """The lower of both: no jump where the warm-up ends."""
+    shape = {"kind": "warmup_stable_decay", "warmup_steps": 50, "min_learning_rate_ratio": 0.0}
+    values = rates(prepared_recipe, 100, **shape, decay_steps=100)
+    top = values.index(max(values))
+    assert values[:top] == pytest.approx([0.04 * (step + 1) for step in range(top)])
+    assert values[top:] == pytest.approx([2 - 0.02 * step for step in range(top, 100)])
+    assert 30 < top < 35 and max(abs(one - other) for one, other in itertools.pairwise(values)) == pytest.approx(2 / 50)
