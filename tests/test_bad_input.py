@@ -157,7 +157,13 @@ def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
      ('{"data_types": "fp32"}', "data_types 'fp32', must be an object"),
      ('{"flops_profiler": 5}', "flops_profiler 5, must be an object"),
      ('{"zero_optimization": {"stage": "two"}}', "must be an object with stage 0, 1, 2 or 3"),
-     ('{"bf16": true}', "bf16 True, must be an object")],
+     ('{"bf16": true}', "bf16 True, must be an object"),
+     ('{"checkpoint": {"load_universal": true}}', "'checkpoint', which the recipe owns"),
+     ('{"prescale_gradients": "yes"}', "prescale_gradients = 'yes', must be true or false"),
+     ('{"communication_data_type": "fp8"}', "communication_data_type = 'fp8', must be one of fp32, bf16, fp16"),
+     ('{"data_types": {"grad_accum_dtype": 32}}', "grad_accum_dtype = 32, must be one of fp32, bf16, fp16"),
+     ('{"steps_per_print": 0}', "steps_per_print = 0, must be a number of at least 1"),
+     ('{"gradient_predivide_factor": "a"}', "gradient_predivide_factor = 'a', must be a number of at least")],
 )  # fmt: skip
 def test_deepspeed_file(write_recipe, capfd, tmp_path, content, part):
     policy = tmp_path / "mine.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -49,6 +48,7 @@ from pretrain.recipe_io import (
 )
 from pretrain.run_folder import RunFolder, with_whole_paths
 
+FASTEST = 1e15  # tokens a second that --tokens-per-second takes
 RATES = 20  # last records whose median rate is taken
 
 
@@ -56,8 +56,8 @@ def submit(options: argparse.Namespace) -> int:
     """See the verb; nothing is written or submitted unless all of it can be."""
     quiet_third_party()
     rate = options.tokens_per_second
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError(f"--tokens-per-second is {rate}, must be a finite number above 0")
+    if rate is not None and not 0 < rate < FASTEST:
+        raise UserError(f"--tokens-per-second is {rate}, must be above 0 and below {FASTEST:g}")
     recipe, overrides = _with_absolute_paths(load_recipe(options.recipe, options.overrides), options.overrides)
     recipe_file = find_recipe(options.recipe).absolute()
     _check_base(recipe_file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,13 @@ POLICY_KEYS = (
     "flops_profiler", "aio", "activation_checkpointing", "prescale_gradients", "gradient_predivide_factor",
     "checkpoint", "dump_state", "memory_breakdown",
 )  # fmt: skip
-OF_THE_RECIPE = ("optimizer", "scheduler", "fp16")  # a file must not set them
+SWITCHES = (
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "prescale_gradients",
+    "dump_state", "memory_breakdown",
+)  # fmt: skip
+PRECISIONS = ("fp32", "bf16", "fp16")  # as DeepSpeed writes them
+SECTIONS = ("bf16", "comms_logger", "data_types", "flops_profiler", "aio", "activation_checkpointing")
+OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "checkpoint")  # a file must not set them
 SHIPPED = Path(__file__).resolve().parents[2] / "deepspeed_configs"
 
 
@@ -90,13 +98,36 @@ def _policy_problems(policy: dict[str, Any], path: str) -> list[str]:
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"{path} has zero_optimization {zero!r}, must be an object with stage 0, 1, 2 or 3")
         return problems
-    for section in ("bf16", "comms_logger", "data_types", "flops_profiler", "aio", "activation_checkpointing"):
+    for section in SECTIONS:
         if not isinstance(policy.get(section, {}), dict):
             problems.append(f"{path} has {section} {policy[section]!r}, must be an object")
+    problems += [f"{path} has {words}" for words in _plain_problems(policy)]
     for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
         if isinstance(policy.get(section), dict) and policy[section].get(key) is False:
             problems.append(f"{path} turns {section}.{key} off, without which no step could be refused; remove it")
     return problems or _section_problems(policy, path)
+
+
+def _plain_problems(policy: dict[str, Any]) -> Iterator[str]:
+    """Of values that are no section; DeepSpeed does not check most of them, or only when all ranks run.
+
+    What is "auto" is refused where values are filled in.
+    """
+    policy = {key: value for key, value in policy.items() if value != "auto"}
+    for key in SWITCHES:
+        if not isinstance(policy.get(key, False), bool):
+            yield f"{key} = {policy[key]!r}, must be true or false"
+    types = policy.get("data_types", {})
+    dtypes = {"communication_data_type": policy.get("communication_data_type")}
+    if isinstance(types, dict):
+        dtypes["data_types.grad_accum_dtype"] = types.get("grad_accum_dtype")
+    for key, value in dtypes.items():
+        if value is not None and value not in PRECISIONS:
+            yield f"{key} = {value!r}, must be one of {', '.join(PRECISIONS)}"
+    for key, least in (("steps_per_print", 1), ("gradient_predivide_factor", 1e-6)):
+        value = policy.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            yield f"{key} = {value!r}, must be a number of at least {least}"
 
 
 def _section_problems(policy: dict[str, Any], path: str) -> list[str]:
