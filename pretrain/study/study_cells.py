@@ -221,7 +221,13 @@ def _series(rows: Sequence[Row], axes: Mapping[str, list[Any]], scale: str) -> t
         members.sort(key=lambda row: (row[scale], row["seed"]))
         found.append(Series(", ".join(words), method, varying, tuple(members)))
     order = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
-    return tuple(sorted(found, key=lambda s: (s.method not in PLAIN, order[s.method], _ordered_key(s.fixed))))
+    places = {name: {value: i for i, value in enumerate(values)} for name, values in axes.items()}
+
+    def place(series: Series) -> tuple[bool, int, list[int]]:
+        of_axes = [places[name].get(value, -1) for name, value in series.fixed.items()]
+        return series.method not in PLAIN, order[series.method], of_axes
+
+    return tuple(sorted(found, key=place))
 
 
 def _hides(rows: Sequence[Row], axes: Iterable[str], axis: str, scale: str, own: Sequence[str]) -> bool:
@@ -239,10 +245,6 @@ def _hides(rows: Sequence[Row], axes: Iterable[str], axis: str, scale: str, own:
     others = [column for column in SCALE_COLUMNS if column not in (scale, FOLLOWS) and _varies(rows, column)]
     hidden = [column for column in others if not _decides(rows, (*within, column), scale)]
     return any(_decides(rows, ("method", axis), column) or not _decides(rows, rest, column) for column in hidden)
-
-
-def _ordered_key(fixed: Mapping[str, Any]) -> list[tuple[bool, Any]]:
-    return [(isinstance(value, str), value) for value in fixed.values() if value is not None]
 
 
 def _decides(rows: Sequence[Row], keys: Sequence[str], column: str) -> bool:

@@ -53,6 +53,7 @@ PANELS = (LOSS, RARE_LOSS, ISOTROPY, MEAN_SHIFT)
 BEYOND = 1 / 3  # of the range of the scale on a logarithmic axis: how far a fit is drawn past the largest
 Drawn = ParamSpec("Drawn")
 SPECTRA_SHOWN = 4
+MOST_BESIDE = 6  # columns of a heat map that three panels beside each other have room for
 
 
 def styled(draw: Callable[Drawn, Figure]) -> Callable[Drawn, Figure]:
@@ -160,9 +161,11 @@ def heat_map(study: Study) -> HeatMap | None:
 
 @styled
 def heat_map_figure(shape: HeatMap) -> Figure:
-    """Means over seeds."""
-    figure = Figure(figsize=(9.6, 1.6 + 0.42 * len(shape.rows)))
-    panels = figure.subplots(1, 3, sharey=True)
+    """Means over seeds; where the columns are many, one panel below the other."""
+    stacked = len(shape.columns) > MOST_BESIDE
+    height = 0.42 * len(shape.rows)
+    figure = Figure(figsize=(9.6, 3 * (1.0 + height) if stacked else 1.6 + height))
+    panels = figure.subplots(3, 1, sharex=True) if stacked else figure.subplots(1, 3, sharey=True)
     for axes, measure in zip(panels, (RARE_LOSS, LOSS, ISOTROPY), strict=True):
         grid = np.full((len(shape.rows), len(shape.columns)), np.nan)
         for place, rows in shape.places.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import numpy.typing as npt
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pretrain.report.figure_style import DOTS_PER_INCH, INK, colour
@@ -100,6 +102,21 @@ def test_the_heat_map_says_the_means(study: Study) -> None:
     assert f"{mean:#.3g}" in [text.get_text() for text in isotropy.texts]
     assert len(isotropy.texts) == 4 * 3
     assert [label.get_text() for label in isotropy.get_xticklabels()] == ["200K", "800K", "3.2M", "12.8M"]
+
+
+def test_numbers_of_a_heat_map_of_many_columns_do_not_touch() -> None:
+    scales = [100_000 * 2**i for i in range(9)]
+    rows = [
+        row | {"run": f"{row['run']}_{scale}", "parameters_without_embeddings": scale}
+        for row in study_records(sizes=("xs",), methods=("plain", "agg30")) for scale in scales
+    ]  # fmt: skip
+    figure = heat_map_figure(shape_of(read_study(rows)))
+    pixels(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent(renderer) for text in axes.texts]
+        assert len(boxes) == 2 * 9
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_spectra_by_method_and_scale(study: Study) -> None:
