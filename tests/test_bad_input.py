@@ -158,10 +158,11 @@ def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
      ('{"flops_profiler": 5}', "flops_profiler 5, must be an object"),
      ('{"zero_optimization": {"stage": "two"}}', "must be an object with stage 0, 1, 2 or 3"),
      ('{"bf16": true}', "bf16 True, must be an object"),
-     ('{"checkpoint": {"load_universal": true}}', "'checkpoint', which the recipe owns"),
+     ('{"checkpoint": "fast"}', "checkpoint 'fast', must be an object"),
+     ('{"checkpoint": {"load_universal": true}}', "checkpoint.load_universal, with which checkpoints of this project"),
      ('{"prescale_gradients": "yes"}', "prescale_gradients = 'yes', must be true or false"),
      ('{"communication_data_type": "fp8"}', "communication_data_type = 'fp8', must be one of fp32, bf16, fp16"),
-     ('{"data_types": {"grad_accum_dtype": 32}}', "grad_accum_dtype = 32, must be one of fp32, bf16, fp16"),
+     ('{"data_types": {"grad_accum_dtype": 32}}', "grad_accum_dtype = 32, which DeepSpeed does not know"),
      ('{"steps_per_print": 0}', "steps_per_print = 0, must be a number of at least 1"),
      ('{"gradient_predivide_factor": "a"}', "gradient_predivide_factor = 'a', must be a number of at least")],
 )  # fmt: skip

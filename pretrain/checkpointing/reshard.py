@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from pretrain.topology import Topology
 from pretrain.training.setup import build_run
-from pretrain.training.stopping import hold_back_signals
+from pretrain.training.stopping import STOP_SIGNALS
 
 
 def reshard(folder: RunFolder, checkpoint: Path, recipe: Recipe, topology: Topology) -> None:
@@ -37,7 +38,8 @@ def reshard(folder: RunFolder, checkpoint: Path, recipe: Recipe, topology: Topol
     run.saver.save(staging, progress, run.objective.state_dict(), run.identity, place)
     run.saver.wait()
     if topology.is_first:
-        hold_back_signals()  # between two renames there is no checkpoint of this step
+        for number in STOP_SIGNALS:  # between two renames there is no checkpoint of this step
+            signal.signal(number, signal.SIG_IGN)
         aside = folder.replace_checkpoint(checkpoint, staging / checkpoint.name)
         shutil.rmtree(staging)
         say(f"{checkpoint.name} is on {topology.describe()} now; the one before is kept in {aside}")

@@ -63,6 +63,10 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if wrong or not isinstance(tree["seed"], int | None):
         key = wrong[0] if wrong else "seed"
         raise UserError(f"{path} is damaged: {key} is {tree[key]!r}: {again(path)}")
+    if not isinstance(look_up(tree, ("bits_per_byte", "text_bytes")), int):
+        raise UserError(
+            f"{path} is damaged: bits_per_byte is {tree['bits_per_byte']!r}, without text_bytes: {again(path)}"
+        )
     for where, value in _leaves(tree):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{path} is damaged: {'.'.join(where)} is {value!r}, not a number: {again(path)}")

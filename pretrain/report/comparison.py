@@ -68,7 +68,10 @@ def caveats(methods: Sequence[Method]) -> list[str]:
         for first, again in repeated_seeds(methods)
     ]
     if not _same_machine(methods):
-        found.append("Hardware, layout or precision of the runs differ: their tokens per second cannot be compared.")
+        found.append(
+            "Hardware, layout or precision of the runs differ, or are not known: their tokens per second cannot be "
+            "compared."
+        )
     elif len(records) > 1:
         found.append(
             "Tokens per second are the medians of runs made one after another: what else the machine did is in them, "
@@ -121,7 +124,8 @@ def _many_comparisons(methods: Sequence[Method]) -> list[str]:
 def _same_machine(methods: Sequence[Method]) -> bool:
     keys = ("world_size", "tensor_model_parallel_size", "data_parallel_size", "sharding", "precision", "hardware")
     trained = [record.evaluation["training"] for method in methods for record in method.records]
-    return len({tuple(str(look_up(facts, (key,))) for key in keys) for facts in trained}) == 1
+    known = all(look_up(facts, ("hardware",)) or not look_up(facts, ("tokens_per_second",)) for facts in trained)
+    return known and len({tuple(str(look_up(facts, (key,))) for key in keys) for facts in trained}) == 1
 
 
 def _against(place: int, method: Method, first: Method) -> Verdict:

@@ -23,9 +23,9 @@ SWITCHES = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "prescale_gradients",
     "dump_state", "memory_breakdown",
 )  # fmt: skip
-PRECISIONS = ("fp32", "bf16", "fp16")  # as DeepSpeed writes them
-SECTIONS = ("bf16", "comms_logger", "data_types", "flops_profiler", "aio", "activation_checkpointing")
-OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "checkpoint")  # a file must not set them
+COMMUNICATION_TYPES = ("fp32", "bf16", "fp16")  # as DeepSpeed writes them
+SECTIONS = ("bf16", "comms_logger", "data_types", "flops_profiler", "aio", "activation_checkpointing", "checkpoint")
+OF_THE_RECIPE = ("optimizer", "scheduler", "fp16")  # a file must not set them
 SHIPPED = Path(__file__).resolve().parents[2] / "deepspeed_configs"
 
 
@@ -111,19 +111,26 @@ def _policy_problems(policy: dict[str, Any], path: str) -> list[str]:
 def _plain_problems(policy: dict[str, Any]) -> Iterator[str]:
     """Of values that are no section; DeepSpeed does not check most of them, or only when all ranks run.
 
-    What is "auto" is refused where values are filled in.
+    What is "auto" is refused where values are filled in; null is as if it were not there.
     """
-    policy = {key: value for key, value in policy.items() if value != "auto"}
+    from deepspeed.runtime.config import DtypeEnum
+
+    policy = {key: value for key, value in policy.items() if value != "auto" and value is not None}
     for key in SWITCHES:
         if not isinstance(policy.get(key, False), bool):
             yield f"{key} = {policy[key]!r}, must be true or false"
-    types = policy.get("data_types", {})
-    dtypes = {"communication_data_type": policy.get("communication_data_type")}
-    if isinstance(types, dict):
-        dtypes["data_types.grad_accum_dtype"] = types.get("grad_accum_dtype")
-    for key, value in dtypes.items():
-        if value is not None and value not in PRECISIONS:
-            yield f"{key} = {value!r}, must be one of {', '.join(PRECISIONS)}"
+    given = policy.get("communication_data_type", COMMUNICATION_TYPES[0])
+    if str(given).lower() not in COMMUNICATION_TYPES:
+        yield f"communication_data_type = {given!r}, must be one of {', '.join(COMMUNICATION_TYPES)}"
+    types, checkpoint = policy.get("data_types"), policy.get("checkpoint")
+    if isinstance(types, dict) and types.get("grad_accum_dtype") is not None:
+        try:
+            DtypeEnum(types["grad_accum_dtype"])
+        except ValueError:
+            yield f"data_types.grad_accum_dtype = {types['grad_accum_dtype']!r}, which DeepSpeed does not know"
+    for key in ("load_universal", "use_node_local_storage"):
+        if isinstance(checkpoint, dict) and checkpoint.get(key):
+            yield f"checkpoint.{key}, with which checkpoints of this project could not be loaded; remove it"
     for key, least in (("steps_per_print", 1), ("gradient_predivide_factor", 1e-6)):
         value = policy.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:

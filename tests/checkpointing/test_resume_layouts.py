@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pretrain.checkpointing.split import Split
 from pretrain.run_folder import RunFolder
 from pretrain.training.deepspeed_config import find_policy
 from pretrain.training.objective import GatedObjective
+from pretrain.training.stopping import STOP_SIGNALS
 from tests.checkpointing.layouts import (
     BF16_SOURCES,
     KINDS,
@@ -30,6 +32,7 @@ from tests.checkpointing.layouts import (
     save_on,
     variant_from,
 )
+from tests.distributed import run_ranks
 from tests.small_runs import change, train_on_ranks
 from tests.test_pipeline import pretrain
 
@@ -213,6 +216,30 @@ def test_reshard_ahead_of_time(prepared_recipe, tmp_path):
     assert len(folder.changes_file.read_text().splitlines()) == 1
     refused = pretrain("checkpoint", "reshard", str(folder.path), "optimizer.weight_decay=0.5", code=2)
     assert "optimizer.weight_decay: there 0.1, asked for 0.5" in refused.stderr
+
+
+def reshard_that_is_asked_to_stop(rank, world_size, recipe):
+    from pretrain.checkpointing.reshard import reshard
+    from pretrain.topology import connect
+
+    replace = RunFolder.replace_checkpoint
+
+    def interrupted(self, checkpoint, new):
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        return replace(self, checkpoint, new)
+
+    RunFolder.replace_checkpoint = interrupted
+    folder = RunFolder(recipe.run_folder)
+    reshard(folder, folder.checkpoints / "step_00000003", recipe, connect(recipe))
+
+
+def test_reshard_is_not_stopped_between_two_renames(prepared_recipe, tmp_path):
+    recipe = change(prepared_recipe, output_root=str(tmp_path))
+    train_on_ranks(recipe, 1, stop_at_step=3)
+    run_ranks(reshard_that_is_asked_to_stop, 1, change(recipe, parallel={"sharding": "zero3", "data_parallel_size": 1}))
+    saved = RunFolder(recipe.run_folder).checkpoints / "step_00000003"
+    assert problems_of(saved) == [] and PortableCheckpoint(saved).layout["zero_stage"] == 3
 
 
 def test_another_precision_is_refused(variant, saved_on, tmp_path):

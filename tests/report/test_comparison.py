@@ -183,6 +183,14 @@ def test_what_cannot_be_compared_is_said_and_not_compared(tmp_path: Path) -> Non
     assert row_of(methods, "isotropy").best(methods) == {1}
 
 
+def test_hardware_that_is_not_known_is_not_the_same(tmp_path: Path) -> None:
+    """Checkpoints of earlier versions do not tell theirs."""
+    unknown = {"tokens_per_second": 9000.0, "hardware": None}
+    folders = [write_run(tmp_path, kind, kind, training=unknown) for kind in ("mle", "agg")]
+    text = " ".join(caveats(group_runs(read_runs(folders))))
+    assert "Hardware, layout or precision of the runs differ, or are not known" in text
+
+
 def test_bits_per_byte_are_compared_over_one_text(tmp_path: Path) -> None:
     targets = {"frequent": 1, "medium": 1, "rare": 1, "total": 3}
     bits = {"non_overlapping": 1.5, "sliding_window": 1.4}

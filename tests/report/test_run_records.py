@@ -101,6 +101,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         ("perplexity", 3.0, "perplexity is 3.0"),
         ("perplexity", None, "perplexity is None"),
         ("seed", "one", "seed is 'one'"),
+        ("bits_per_byte", None, "bits_per_byte is None, without text_bytes"),
+        ("bits_per_byte", {"total": 1.2}, "bits_per_byte is {'total': 1.2}, without text_bytes"),
         ("generation", [1], "generation is"),
         ("generation", {"examples": [{"prompt": "a"}]}, "generation.examples is no list of prompt, greedy"),
         ("under_trained_tokens", {"tokens": {"id": 1}}, "under_trained_tokens.tokens is no list of id, text"),
