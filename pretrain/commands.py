@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.checkpointing.folder import (
-    check_whole,
     checkpoint_name,
     checkpoints_in,
     choose_checkpoint,
@@ -99,7 +98,7 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
 
 def reshard(options: argparse.Namespace) -> int:
     folder, place = RunFolder(options.folder), place_from_environment()
-    checkpoint = choose_checkpoint(folder.checkpoints, options.step)
+    checkpoint = choose_checkpoint(folder.checkpoints, options.step, check=place is None)
     recipe = load_recipe(str(folder.recipe_file), options.overrides)
     on_cpu = dataclasses.replace(recipe, device="cpu")  # it moves tensors, and computes nothing
     choose_device(on_cpu)
@@ -134,7 +133,7 @@ def evaluate(options: argparse.Namespace) -> int:
             "and device=... may be given"
         )
     saved = _recipe_of(folder, options.overrides)
-    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
+    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint, check=place_from_environment() is None)
     recipe = _on_layout_of(checkpoint, saved)
     from pretrain.evaluation.evaluation_file import is_evaluated
 
@@ -181,7 +180,7 @@ def _evaluate_huggingface(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     _check_generation(options)
     folder = RunFolder(options.folder)
-    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint)
+    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint, check=place_from_environment() is None)
     if any(not given.startswith("device=") for given in options.overrides):
         raise UserError(f"generate takes {options.folder} as it was trained: only device=... may be given")
     recipe = _on_layout_of(checkpoint, _recipe_of(folder, options.overrides))
@@ -302,7 +301,7 @@ def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:
     """The recipe, where it leaves the number of ranks to the launcher with the one that the checkpoint was saved on."""
     if recipe.parallel.data_parallel_size is not None:
         return recipe
-    size = check_whole(checkpoint)["layout"]["data_parallel_size"]
+    size = read_manifest(checkpoint)["layout"]["data_parallel_size"]
     return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, data_parallel_size=size))
 
 

@@ -42,8 +42,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(there, key=step_of, reverse=True)
 
 
-def choose_checkpoint(folder: Path, step: int | None) -> Path:
-    """The checkpoint of that step; None: the newest. Sizes are checked here, hashes when it is loaded.
+def choose_checkpoint(folder: Path, step: int | None, *, check: bool = True) -> Path:
+    """The checkpoint of that step; None: the newest.
+
+    Args:
+        check: the sizes of its files; ranks that load it together do without, as they share that then.
 
     Raises:
         UserError: there is none, or it is not whole.
@@ -55,7 +58,8 @@ def choose_checkpoint(folder: Path, step: int | None) -> Path:
     if checkpoint not in there:
         steps = ", ".join(str(step_of(path)) for path in reversed(there)) or "none"
         raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}")
-    check_whole(checkpoint)
+    if check:
+        check_whole(checkpoint)
     return checkpoint
 
 
