@@ -1,6 +1,7 @@
 """A hang becomes an exit, with the stacks of every rank: each rank has its own watchdog.
 
-Where one rank hangs, the others hang in the next collective with it, so all of them end.
+Where one rank hangs, the others hang in the next collective with it, so all of them end; the first to end stays for a
+moment, so that the others have their stacks too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pretrain.cluster.endings import note_end
 
 EXIT_HUNG = os.EX_SOFTWARE  # 70
 PATIENCE = 3.0  # how much longer the first step, a save and an evaluation may take
+MOST_FOR_OTHERS = 30.0  # seconds for the ranks that began the same thing later
+LAST_SECONDS = 5.0  # for a sleep that the interpreter's lock keeps from ending
 STDERR = 2
 
 
@@ -72,4 +75,8 @@ class Watchdog:
             line += f"; the stacks are in {self._file}"
         finally:  # a full disk must not keep it alive
             print(line, file=sys.stderr, flush=True)
+            # Once this rank is gone, the collective of the others fails: before, their time is to be up too.
+            others = min(MOST_FOR_OTHERS, self._seconds / 4)
+            faulthandler.dump_traceback_later(others + LAST_SECONDS, exit=True, file=STDERR)
+            time.sleep(others)
             os._exit(EXIT_HUNG)

@@ -33,6 +33,13 @@ _HANGING = """
 import sys, time
 import pretrain.training.loop as loop
 from pretrain.__main__ import main
+from pretrain.training.watchdog import Watchdog
+expect = Watchdog.expect
+def late_on_rank_0(self, what, patience=1.0):
+    if what == "step 3" and self._rank == 0:
+        time.sleep(1.5)  # as where its disk is slow
+    expect(self, what, patience)
+Watchdog.expect = late_on_rank_0
 trained = loop.train_step
 def deaf_rank(run, *arguments):
     if run.progress.step == 2 and run.topology.rank == 1:
