@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def trained_on_of(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@functools.cache  # asked in every save
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
