@@ -17,6 +17,9 @@ import torch
 
 from agg import AdaptiveGradientGating, Gates, gated_linear_cross_entropy
 from tests.agg.problems import Problem, dense_answer, make_problem, rounded, transposed, weigh, well_predicted
+from tests.distributed import run_ranks
+from tests.invariance.agg_layouts import OPTIONS as STEP_OPTIONS
+from tests.invariance.agg_layouts import errors, papers_answer, part_of_step, wrong
 
 Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, dH, dW
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -118,7 +121,21 @@ def check_errors(device: str) -> str:
     raise AssertionError("a target outside the vocabulary was counted")
 
 
-CHECKS = (check_loss, check_repeats, check_waits, check_errors)
+def check_ranks(device: str) -> str:
+    """2 data-parallel x 2 tensor-parallel ranks, all on one device: gloo, as NCCL wants a GPU for each of them.
+
+    Counts and gates exactly, fp64 (without Triton) to 1e-12, fp32 as on the CPU: half more than the paper's form, 1 eps.
+    """
+    exact = papers_answer()
+    plain = errors(papers_answer(dtype=torch.float32), exact)
+    budget = {name: 1.5 * error + torch.finfo(torch.float32).eps for name, error in plain.items()}
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, budget)):
+        parts = run_ranks(part_of_step, 4, 2, 2, (5, 1, 2), dtype, STEP_OPTIONS, device)
+        assert (off := wrong(parts, exact, tolerance)) == set(), f"{dtype}: {', '.join(off)}"
+    return "2 x 2 ranks equal one process"
+
+
+CHECKS = (check_loss, check_repeats, check_waits, check_errors, check_ranks)
 
 
 def main() -> int:

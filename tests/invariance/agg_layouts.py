@@ -91,28 +91,28 @@ def part_of_step(
     micro_batches: Sequence[int] = (1,),
     dtype: torch.dtype = torch.float64,
     options: dict[str, Any] = OPTIONS,
+    device: str = "cpu",
 ) -> Part:
-    """What this rank has of the step after its micro-batches, whose sizes stand in the given ratio."""
-    return _part_of_step(
-        *groups(rank, data_parallel, tensor_parallel), data_parallel, tensor_parallel, micro_batches, dtype, options
-    )
+    """What this rank has of the step after its micro-batches, whose sizes stand in the given ratio; on the CPU."""
+    layout = (*groups(rank, data_parallel, tensor_parallel), data_parallel, tensor_parallel)
+    return _part_of_step(*layout, micro_batches, dtype, options, device)
 
 
-def _part_of_step(dp_group, tp_group, data_parallel, tensor_parallel, micro_batches, dtype, options) -> Part:
+def _part_of_step(dp_group, tp_group, data_parallel, tensor_parallel, micro_batches, dtype, options, device) -> Part:
     dp_rank, tp_rank = (0 if group is None else dist.get_rank(group) for group in (dp_group, tp_group))
     problem = step_problem()
     shard = problem.shard(tp_rank, tensor_parallel, tp_group)
     module = AdaptiveGradientGating(
         shard, window_steps=WINDOW, reference_batch_tokens=REFERENCE, data_parallel_group=dp_group, **options
     )
-    for targets in history():
+    for targets in history().to(device):
         module.begin_step(targets.chunk(data_parallel)[dp_rank])
-    target = problem.target.chunk(data_parallel)[dp_rank]
-    hidden = problem.hidden.chunk(data_parallel)[dp_rank].to(dtype, copy=True).requires_grad_()
-    weight = problem.weight[shard.start : shard.stop].to(dtype, copy=True).requires_grad_()
+    target = problem.target.to(device).chunk(data_parallel)[dp_rank]
+    hidden = problem.hidden.chunk(data_parallel)[dp_rank].to(device, dtype, copy=True).requires_grad_()
+    weight = problem.weight[shard.start : shard.stop].to(device, dtype, copy=True).requires_grad_()
     module.begin_step(target)
     sizes = [len(target) * share // sum(micro_batches) for share in micro_batches]
-    total = torch.zeros((), dtype=dtype)
+    total = torch.zeros((), dtype=dtype, device=device)
     for part, its_target in zip(hidden.split(sizes), target.split(sizes), strict=True):
         loss = module(part, weight, its_target, reduction="sum")
         loss.backward()
@@ -121,7 +121,8 @@ def _part_of_step(dp_group, tp_group, data_parallel, tensor_parallel, micro_batc
         dist.all_reduce(total, group=dp_group)
         dist.all_reduce(weight.grad, group=dp_group)
     counts, gates = module.frequency.appearances, module.current_gates()
-    return dp_rank, shard.start, _answer(counts, gates, total, hidden.grad, weight.grad)
+    answer = _answer(counts, gates, total, hidden.grad, weight.grad)
+    return dp_rank, shard.start, {name: value.cpu() for name, value in answer.items()}
 
 
 def _answer(counts, gates, loss, hidden_grad, weight_grad) -> Answer:
