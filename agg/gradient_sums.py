@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from agg import kernels
+
 
 @dataclass(frozen=True)
 class GradientSums:
@@ -38,11 +40,13 @@ class GradientSums:
             keep: the sums are needed again; else a gradient of their dtype is formed in place, since a copy of dW
                 would be the peak of memory.
         """
-        of_rows = scale if self.weight_factor is None else (self.weight_factor * scale)[:, None]
-        return self._scaled(self.hidden, scale, keep), self._scaled(self.weight, of_rows, keep)
+        return self._scaled(self.hidden, scale, None, keep), self._scaled(self.weight, scale, self.weight_factor, keep)
 
-    def _scaled(self, sums: torch.Tensor | None, scale: torch.Tensor, keep: bool) -> torch.Tensor | None:
+    def _scaled(
+        self, sums: torch.Tensor | None, scale: torch.Tensor, of_rows: torch.Tensor | None, keep: bool
+    ) -> torch.Tensor | None:
         if sums is None:
             return None
         out = sums if sums.dtype == self.dtype and not keep else torch.empty_like(sums, dtype=self.dtype)
-        return torch.mul(sums, scale, out=out)
+        kernels.scale_into(out, sums, scale, of_rows)
+        return out

@@ -25,8 +25,9 @@ import torch
 
 from agg import kernels
 from agg.gating import Gates
+from agg.job import Job
 from agg.probe import LossProbe
-from agg.sweep import Job, Sweep, sum_dtype
+from agg.sweep import Sweep, sum_dtype
 from agg.vocab_shard import VocabShard
 
 # Where no chunk_tokens are given: PERFORMANCE.md, "Chunk size".
@@ -85,7 +86,8 @@ def gated_linear_cross_entropy(
     check_inputs(hidden, weight, target, shard)
     if gates is not None:
         _check_gates(gates, shard, weight.device)
-    _check_targets(target, ignore_index, shard)
+    if kernels.values_are_at_hand(target):  # else the sweep looks
+        _check_targets(target, ignore_index, shard)
     if chunk_tokens is None:
         rows = -(-shard.vocab_size // shard.world_size)
         chunk_tokens = default_chunk_tokens(rows, len(hidden), hidden.device.type)
@@ -183,9 +185,7 @@ def outside_vocabulary(target: torch.Tensor, ignore_index: int, shard: VocabShar
 
 def _check_targets(target: torch.Tensor, ignore_index: int, shard: VocabShard) -> None:
     outside = outside_vocabulary(target, ignore_index, shard)
-    if not kernels.values_are_at_hand(target):
-        torch._assert_async(~outside.any(), f"a target is outside the vocabulary of {shard.vocab_size} ids")
-    elif bool(outside.any()):
+    if bool(outside.any()):
         raise IndexError(f"target {int(target[outside][0])} is outside the vocabulary of {shard.vocab_size} ids")
 
 
@@ -199,11 +199,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.job = job
             ctx.save_for_backward(hidden, weight)
             return Sweep(job, hidden, weight, None, False, False).run().losses.to(sum_dtype(hidden.dtype))
-        valid = job.valid().to(sum_dtype(hidden.dtype))
         # Under no_grad a parameter still says that it needs a gradient.
         needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
-        sums = Sweep(job, hidden, weight, valid, needs_hidden, needs_weight).run()
-        scale = 1 / valid.sum().clamp(min=1) if reduction == "mean" else valid.new_ones(())
+        sweep = Sweep(job, hidden, weight, None, needs_hidden, needs_weight)
+        sums = sweep.run()
+        scale = sums.losses.new_ones(())
+        if reduction == "mean":
+            scale = scale / sweep.positions.valid.sum().clamp(min=1)
         ctx.sums, ctx.scale = sums, scale
         return sums.losses.sum() * scale
 

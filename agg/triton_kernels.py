@@ -1,28 +1,52 @@
-"""Triton kernels of :mod:`agg.kernels`; importable only where Triton is.
+"""Triton kernels of :mod:`agg.kernels` on logits; importable only where Triton is.
 
-Letters: C tokens of a chunk, V columns of a chunk of logits.
+Letters: N positions of a call, C of a chunk, V columns of a chunk of logits.
 """
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
 
+from agg.triton_rows import (
+    add_entries_,
+    add_hidden_gradient_,
+    keys_of_targets,
+    on_device_of,
+    positions_of_keys,
+    scale_at_turn_,
+    scale_into,
+    take_rows,
+)
+
+__all__ = [
+    "add_entries_",
+    "add_hidden_gradient_",
+    "gate_at_turn_",
+    "keys_of_targets",
+    "over_shards_",
+    "positions_of_keys",
+    "scale_at_turn_",
+    "scale_into",
+    "softmax_rows_",
+    "take_rows",
+]
+
 # Columns that one program of the softmax holds. It reads a row twice: with so many warps one program fills a
 # multiprocessor of an H100, and the rows under way (132 x 256 KiB at V 128k) stay in the L2 cache in between.
 _SOFTMAX_COLUMNS = 32_768
-_COLUMNS = 4_096  # of the other kernels
-_SCALING_PROGRAMS = 1_024  # share the rows of a matrix, most of which need nothing
+_COLUMNS = 4_096  # of the others
+_ROWS = 256  # of a program that takes several
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _softmax_rows(logits, target, largest_of, total_of, own, stride, columns, block: tl.constexpr, rest: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _softmax_rows(logits, target, here, told, stride, rows, columns, block: tl.constexpr, rest: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
-    tl.store(own + row, tl.load(line + tl.load(target + row)).to(tl.float32))
+    hot = tl.where(tl.load(here + row), tl.load(target + row).to(tl.int32), -1)
+    own = tl.load(line + tl.maximum(hot, 0)).to(tl.float32)
+    tl.store(told + 2 * rows + row, tl.where(hot >= 0, own, 0.0))
     lane = tl.arange(0, block)
     whole = columns // block * block  # a mask keeps loads from being vectorised: only the rest of the columns has one
     largest = -3.4e38  # finite, so that 0 is what it adds to a sum
@@ -38,23 +62,53 @@ def _softmax_rows(logits, target, largest_of, total_of, own, stride, columns, bl
         larger = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
         largest = larger
-    tl.store(largest_of + row, largest)
-    tl.store(total_of + row, total)
+    tl.store(told + row, largest)
+    tl.store(told + rows + row, total)
     share = 1 / total  # exp(x - log of the norm) would carry the rounding of that
     for first in range(whole, columns, rest):
         column = first + tl.arange(0, rest)
         x = tl.load(line + column, mask=column < columns, other=-float("inf")).to(tl.float32)
-        tl.store(line + column, (tl.exp(x - largest) * share).to(logits.dtype.element_ty), mask=column < columns)
+        p = tl.where(column == hot, 0.0, tl.exp(x - largest) * share)
+        tl.store(line + column, p.to(logits.dtype.element_ty), mask=column < columns)
     for step in range(0, whole, block):
         first = whole - block - step  # what was read last is the likeliest to be in the cache
         x = tl.load(line + first + lane).to(tl.float32)
-        tl.store(line + first + lane, (tl.exp(x - largest) * share).to(logits.dtype.element_ty))
+        p = tl.where(first + lane == hot, 0.0, tl.exp(x - largest) * share)
+        tl.store(line + first + lane, p.to(logits.dtype.element_ty))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gate_leading_rows(p, gate, count, stride, columns, block: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["stride", "rows", "rank"])  # type: ignore[untyped-decorator]
+def _over_shards(terms, of_ranks, here, stride, rows, ranks, rank, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * block + tl.arange(0, block)
+    inside = row < rows
+    largest = tl.load(of_ranks + row, mask=inside, other=0.0)
+    for other in range(1, ranks):
+        largest = tl.maximum(largest, tl.load(of_ranks + 3 * other * rows + row, mask=inside, other=0.0))
+    norm = tl.zeros([block], tl.float32)
+    own_logit = tl.zeros([block], tl.float32)
+    for other in range(0, ranks):
+        its = of_ranks + 3 * other * rows + row
+        total = tl.load(its + rows, mask=inside, other=1.0)
+        norm += total * tl.exp(tl.load(its, mask=inside, other=0.0) - largest)
+        own_logit += tl.load(its + 2 * rows, mask=inside, other=0.0)
+    mine = of_ranks + 3 * rank * rows + row
+    its_share = tl.exp(tl.load(mine, mask=inside, other=0.0) - largest)
+    factor = tl.load(mine + rows, mask=inside, other=1.0) * its_share / norm
+    own_p = tl.exp(tl.load(mine + 2 * rows, mask=inside, other=0.0) - largest) / norm
+    log_norm = largest + tl.log(norm)
+    tl.store(terms + row, log_norm - own_logit, mask=inside)
+    tl.store(terms + stride + row, log_norm, mask=inside)
+    tl.store(terms + 2 * stride + row, factor, mask=inside)
+    tl.store(
+        terms + 3 * stride + row, tl.where(tl.load(here + row, mask=inside, other=0) != 0, own_p, 0.0), mask=inside
+    )
+
+
+@triton.jit(do_not_specialize=["begin", "size"])  # type: ignore[untyped-decorator]
+def _gate_at_turn(p, gate, rare_count, begin, size, stride, columns, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(count):
+    count = tl.load(rare_count) - begin
+    if (count <= size) & (row < count):
         for first in range(0, columns, block):
             column = first + tl.arange(0, block)
             inside = column < columns
@@ -62,39 +116,23 @@ def _gate_leading_rows(p, gate, count, stride, columns, block: tl.constexpr):  #
             tl.store(p + row * stride + column, x.to(p.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _scale_rows_if(matrix, factor, condition, stride, rows, columns, programs, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    if tl.load(condition) != 0:
-        for step in range(0, rows, programs):
-            row = tl.program_id(0).to(tl.int64) + step
-            if row < rows:
-                scale = tl.load(factor + row)
-                if scale != 1:
-                    for first in range(0, columns, block):
-                        column = first + tl.arange(0, block)
-                        inside = column < columns
-                        x = tl.load(matrix + row * stride + column, mask=inside)
-                        tl.store(matrix + row * stride + column, x * scale, mask=inside)
-
-
-def softmax_rows_(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`agg.kernels.softmax_rows_`; one program per row. All but the softmax, float32 [C]."""
-    assert logits.stride(1) == 1
-    largest, total, own = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
+def softmax_rows_(logits: torch.Tensor, target: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """See :func:`agg.kernels.softmax_rows_`; one program per row. What it returns beside P, float32 [3, C]."""
+    assert logits.stride(1) == 1 and target.is_contiguous() and here.is_contiguous()
+    told = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     blocks = softmax_blocks(logits.shape[1])
-    with _on_device_of(logits):
+    with on_device_of(logits):
         _softmax_rows[(len(logits),)](
             logits,
-            target.contiguous(),
-            largest,
-            total,
-            own,
+            target,
+            here,
+            told,
             logits.stride(0),
-            logits.shape[1],
+            *logits.shape,
             **blocks,
             num_warps=min(max(blocks["block"] // 1024, 4), 32),
         )
-    return largest, total, own
+    return told
 
 
 def softmax_blocks(columns: int) -> dict[str, int]:
@@ -103,34 +141,19 @@ def softmax_blocks(columns: int) -> dict[str, int]:
     return {"block": block, "rest": min(block, _COLUMNS)}
 
 
-def gate_leading_rows_(p: torch.Tensor, gate: torch.Tensor, count: torch.Tensor) -> None:
-    """See :func:`agg.kernels.gate_leading_rows_`. Programs of the other rows return at once."""
-    assert p.stride(1) == 1
-    with _on_device_of(p):
-        _gate_leading_rows[(len(p),)](p, gate.float(), count, p.stride(0), p.shape[1], block=_block(p.shape[1]))
-
-
-def scale_rows_if_(matrix: torch.Tensor, factor: torch.Tensor, condition: torch.Tensor) -> None:
-    """See :func:`agg.kernels.scale_rows_if_`. Rows whose factor is 1 are not read."""
-    assert matrix.stride(1) == 1
-    programs = min(len(matrix), _SCALING_PROGRAMS)
-    with _on_device_of(matrix):
-        _scale_rows_if[(programs,)](
-            matrix,
-            factor.float(),
-            condition.to(torch.int32),
-            matrix.stride(0),
-            len(matrix),
-            matrix.shape[1],
-            programs,
-            block=_block(matrix.shape[1]),
+def over_shards_(terms: torch.Tensor, of_ranks: torch.Tensor, rank: int, here: torch.Tensor) -> None:
+    """See :func:`agg.kernels.over_shards_`."""
+    assert terms.stride(1) == 1 and of_ranks.is_contiguous() and here.is_contiguous()
+    ranks, _, rows = of_ranks.shape
+    with on_device_of(terms):
+        _over_shards[(triton.cdiv(rows, _ROWS),)](
+            terms, of_ranks, here, terms.stride(0), rows, ranks, rank, block=_ROWS
         )
 
 
-def _block(columns: int) -> int:
-    return min(_COLUMNS, int(triton.next_power_of_2(columns)))
-
-
-def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, wherever its arguments are."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def gate_at_turn_(p: torch.Tensor, gate: torch.Tensor, rare_count: torch.Tensor, first: int) -> None:
+    """See :func:`agg.kernels.gate_at_turn_`. Programs of the other rows return at once."""
+    assert p.stride(1) == 1
+    block = min(_COLUMNS, int(triton.next_power_of_2(p.shape[1])))
+    with on_device_of(p):
+        _gate_at_turn[(len(p),)](p, gate.float(), rare_count, first, len(p), p.stride(0), p.shape[1], block=block)

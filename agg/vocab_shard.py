@@ -79,12 +79,17 @@ class VocabShard:
     def world_size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    @property
+    def rank(self) -> int:
+        """This one's place in the group."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
     def check_whole(self) -> None:
         """
         Raises:
             ValueError: without a group, these rows are not all; with one, they are not the even share of this rank.
         """
-        rank, size = 0 if self.group is None else dist.get_rank(self.group), len(self)
+        rank, size = self.rank, len(self)
         if self.world_size > 1 and (self.start != rank * size or self.world_size * size < self.vocab_size):
             raise ValueError(
                 f"[{self.start}, {self.stop}) of {self.vocab_size} ids is not the even share of rank {rank} in a "

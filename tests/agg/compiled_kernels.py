@@ -20,29 +20,79 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from agg import triton_kernels
+from agg import triton_kernels, triton_rows
 
 H100 = GPUTarget("cuda", 90, 32)
 SOFTMAX = {
     "logits": "*bf16",
     "target": "*i64",
-    "largest_of": "*fp32",
-    "total_of": "*fp32",
-    "own": "*fp32",
+    "here": "*i1",
+    "told": "*fp32",
     "stride": "i32",
+    "rows": "i32",
     "columns": "i32",
     "block": "constexpr",
     "rest": "constexpr",
 }
-GATE = {"p": "*bf16", "gate": "*fp32", "count": "*i64", "stride": "i32", "columns": "i32", "block": "constexpr"}
+GATE = {
+    "p": "*bf16",
+    "gate": "*fp32",
+    "rare_count": "*i64",
+    "begin": "i32",
+    "size": "i32",
+    "stride": "i32",
+    "columns": "i32",
+    "block": "constexpr",
+}
 SCALE = {
     "matrix": "*fp32",
     "factor": "*fp32",
-    "condition": "*i32",
-    "stride": "i32",
+    "rare_count": "*i64",
+    "begin": "i32",
+    "size": "i32",
     "rows": "i32",
     "columns": "i32",
     "programs": "i32",
+    "block": "constexpr",
+}
+ENTRIES = {
+    "matrix": "*fp32",
+    "after": "*fp32",
+    "hidden": "*bf16",
+    "order": "*i64",
+    "rows": "*i64",
+    "here": "*i1",
+    "coefficient": "*fp32",
+    "row_stride": "i32",
+    "column_stride": "constexpr",
+    "count": "i32",
+    "columns": "i32",
+    "gated": "constexpr",
+    "equal": "constexpr",
+    "block": "constexpr",
+}
+HIDDEN = {
+    "sums": "*fp32",
+    "product": "*fp32",
+    "scale": "*fp32",
+    "weight": "*bf16",
+    "order": "*i64",
+    "rows": "*i64",
+    "here": "*i1",
+    "own": "*fp32",
+    "weight_stride": "i32",
+    "weight_column": "constexpr",
+    "columns": "i32",
+    "block": "constexpr",
+}
+ROUNDED = {
+    "out": "*bf16",
+    "sums": "*fp32",
+    "of_rows": "*fp32",
+    "scale": "*fp32",
+    "columns": "i32",
+    "has_rows": "constexpr",
+    "has_scale": "constexpr",
     "block": "constexpr",
 }
 
@@ -79,11 +129,15 @@ def spilled(ptx: str) -> int:
 def main() -> None:
     softmax = triton_kernels._softmax_rows, SOFTMAX, triton_kernels.softmax_blocks(131_072), 32
     block = {"block": triton_kernels._COLUMNS}
+    entries = {"column_stride": 1, "gated": 1, "equal": triton_rows._EQUAL, "block": triton_rows._ENTRY_COLUMNS}
     made = {
-        "softmax": compiled(*softmax),
-        "softmax of 50,257 columns": compiled(*softmax, odd=("columns",)),
-        "gate": compiled(triton_kernels._gate_leading_rows, GATE, block, 4),
-        "scale": compiled(triton_kernels._scale_rows_if, SCALE, block, 4, odd=("programs",)),
+        "softmax": compiled(*softmax, odd=("rows",)),
+        "softmax of 50,257 columns": compiled(*softmax, odd=("rows", "columns")),
+        "gate": compiled(triton_kernels._gate_at_turn, GATE, block, 4),
+        "scale": compiled(triton_rows._scale_at_turn, SCALE, block, 4, odd=("programs",)),
+        "entries": compiled(triton_rows._add_entries, ENTRIES, entries, 4, odd=("count",)),
+        "hidden": compiled(triton_rows._add_hidden_gradient, HIDDEN, {"weight_column": 1, **block}, 4),
+        "rounded": compiled(triton_rows._scale_into, ROUNDED, {"has_rows": 1, "has_scale": 1, **block}, 4),
     }
     json.dump(made, sys.stdout)
 

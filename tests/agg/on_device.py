@@ -124,7 +124,7 @@ def check_errors(device: str) -> str:
 def check_ranks(device: str) -> str:
     """2 data-parallel x 2 tensor-parallel ranks, all on one device: gloo, as NCCL wants a GPU for each of them.
 
-    Counts and gates exactly, fp64 (without Triton) to 1e-12, fp32 as on the CPU: half more than the paper's form, 1 eps.
+    Counts and gates exactly, fp64 (without Triton) to 1e-12; fp32, as on a CPU, to half more than the paper's form.
     """
     exact = papers_answer()
     plain = errors(papers_answer(dtype=torch.float32), exact)

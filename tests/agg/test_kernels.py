@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from agg import (
@@ -19,11 +21,15 @@ from agg import (
     frequency,
     gated_linear_cross_entropy,
     kernels,
+    projection,
     step_counts,
     triton_kernels,
 )
+from agg.job import Job
+from agg.projection import Projection
 from tests.agg import on_device as device_checks
 from tests.agg.problems import dense_answer, make_problem, transposed, weigh
+from tests.distributed import run_ranks
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "is_nonzero", "equal", "item")
 WAITS += ("isin", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive")
@@ -48,7 +54,7 @@ def on_device(monkeypatch):
 
 @pytest.fixture
 def with_triton(on_device, monkeypatch):
-    """Logits with a padded stride, Triton, and products summed in float32, as on a GPU."""
+    """Rows in pieces, Triton, and products summed in float32, as on a GPU."""
     addmm = torch.addmm
 
     def mixed_addmm(total, left, right, *, beta, out, out_dtype=None):
@@ -59,13 +65,17 @@ def with_triton(on_device, monkeypatch):
         assert out is total and total.dtype == out_dtype == torch.float32
         return addmm(total, left.float(), right.float(), beta=beta, out=out)
 
-    def padded(like, tokens, columns):
-        return like.new_full((tokens, columns + 11), torch.nan)[:, :columns]
-
-    monkeypatch.setattr(kernels, "_triton_for", lambda tensor: triton_kernels)
-    monkeypatch.setattr(kernels, "_mixed_addmm_for", lambda tensor: True)
-    monkeypatch.setattr(kernels, "logits_buffer", padded)
+    monkeypatch.setattr(kernels, "triton_for", lambda tensor: triton_kernels)
+    monkeypatch.setattr(kernels, "mixed_addmm_for", lambda tensor: True)
+    monkeypatch.setattr(projection, "wants_alignment", lambda tensor: True)
     monkeypatch.setattr(torch, "addmm", mixed_addmm)
+
+
+def as_on_a_cpu(patch):
+    patch.setattr(kernels, "triton_for", lambda tensor: None)
+    patch.setattr(kernels, "values_are_at_hand", lambda tensor: True)
+    patch.setattr(kernels, "mixed_addmm_for", lambda tensor: False)
+    patch.setattr(projection, "wants_alignment", lambda tensor: False)
 
 
 def random_chunk(dtype: torch.dtype, columns: int = 517):
@@ -82,13 +92,17 @@ def test_triton_softmax_equals_torchs(with_triton, dtype, columns):
     exact = logits.double()
     truth = exact.softmax(1)
     budget = (logits.float().softmax(1) / truth - 1).abs().max()
-    p, largest, total, own = kernels.softmax_rows_(logits, target, torch.float32)
+    here = torch.arange(9) != 4
+    p, (largest, total, own) = kernels.softmax_rows_(logits, target, here, torch.float32)
     assert p.data_ptr() == logits.data_ptr()
     held = truth > torch.finfo(dtype).tiny  # smaller ones lose bits in any case
+    at_target = here[:, None] & (torch.arange(columns) == target[:, None])
+    assert p[at_target].eq(0).all()
+    held &= ~at_target
     assert (p.double() / truth - 1).abs()[held].max() <= 2 * budget + torch.finfo(dtype).eps
     assert torch.equal(largest.double(), exact.amax(1))
     assert torch.allclose(total.double(), (exact - exact.amax(1, keepdim=True)).exp().sum(1), rtol=1e-6)
-    assert torch.equal(own.double(), exact.gather(1, target[:, None])[:, 0])
+    assert torch.equal(own.double(), exact.gather(1, target[:, None])[:, 0] * here)
 
 
 @pytest.mark.parametrize("columns", [517, 512])
@@ -97,25 +111,27 @@ def test_triton_softmax_equals_torchs(with_triton, dtype, columns):
 def test_what_is_not_finite_stays_so(with_triton, columns, bad):
     logits, target = random_chunk(torch.float32, columns)
     logits[3, 100] = logits[5, columns - 1] = bad
-    _, largest, total, _ = kernels.softmax_rows_(logits, target, torch.float32)
+    _, (largest, total, _) = kernels.softmax_rows_(logits, target, target >= 0, torch.float32)
     assert torch.isfinite(largest + total.log()).tolist() == [row not in (3, 5) for row in range(9)]
 
 
-@pytest.mark.parametrize("path", ["on_device", "with_triton"])
-@pytest.mark.parametrize("count", [0, 4, 9])
-def test_leading_rows_are_gated(request, path, count):
-    request.getfixturevalue(path)
+@pytest.mark.parametrize("path", [None, "on_device", "with_triton"])
+@pytest.mark.parametrize(("rare_count", "leading"), [(0, 0), (20, 0), (24, 4), (29, 9), (30, 0)])
+def test_rows_are_gated_at_the_turn(request, path, rare_count, leading):
+    """In a chunk of the positions 20 to 28, where the rare ones end before it, in it, or after it."""
+    if path is not None:
+        request.getfixturevalue(path)
     p, _ = random_chunk(torch.float32)
     gate = torch.linspace(0, 2, 517)
-    expected = torch.cat([p[:count] * gate, p[count:]])
-    kernels.gate_leading_rows_(p, gate, torch.tensor(count))
+    expected = torch.cat([p[:leading] * gate, p[leading:]])
+    kernels.gate_at_turn_(p, gate, torch.tensor(rare_count), 20)
     assert torch.equal(p, expected)
 
 
 @pytest.mark.parametrize("path", [None, "on_device", "with_triton"])
-@pytest.mark.parametrize("condition", [False, True])
+@pytest.mark.parametrize(("rare_count", "condition"), [(20, False), (21, True), (29, True), (30, False)])
 @pytest.mark.parametrize("few", [False, True])
-def test_rows_are_scaled_if(request, path, condition, few):
+def test_rows_are_scaled_at_the_turn(request, path, rare_count, condition, few):
     """Few: less than an eighth of the rows."""
     if path is not None:
         request.getfixturevalue(path)
@@ -124,7 +140,7 @@ def test_rows_are_scaled_if(request, path, condition, few):
     if few:
         factor = torch.where(torch.arange(9) == 2, 0.5, 1.0)
     expected = matrix * factor[:, None] if condition else matrix.clone()
-    kernels.scale_rows_if_(matrix, factor, torch.tensor(condition))
+    kernels.scale_at_turn_(matrix, factor, torch.tensor(rare_count), 20, 9)
     assert torch.equal(matrix, expected)
 
 
@@ -163,21 +179,124 @@ def test_the_path_of_a_gpu_with_triton(with_triton, dtype, laid_out, options):
     problem = make_problem(ignored=0.3)
     got = answer(problem, dtype, laid_out, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_triton_for", lambda tensor: None)
-        patch.setattr(kernels, "values_are_at_hand", lambda tensor: True)
+        as_on_a_cpu(patch)
         plain, exact = answer(problem, dtype, **options), answer(problem, torch.float64, **options)
     for one, reference, truth in zip(got, plain, exact, strict=True):
         error, budget = ((x.double() - truth).abs().max() / truth.abs().max() for x in (one, reference))
         assert error <= 1.2 * budget + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("kernel", ["gate_leading_rows_", "scale_rows_if_"])
+def split_answer(rank: int, world_size: int, options: dict):
+    """Loss, dH and the rows of dW of this rank."""
+    problem = make_problem(ignored=0.3)
+    shard = problem.shard(rank, world_size, dist.group.WORLD)
+    weight, gates = problem.local(shard)
+    hidden, weight = (x.float().requires_grad_() for x in (problem.hidden, weight))
+    gates = dataclasses.replace(gates, rare_ids=problem.gates.rare)
+    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=7, **options)
+    weigh(loss).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.03, "reduction": "none"}, {"label_smoothing": 0.1}])
+def test_the_path_of_a_gpu_on_tensor_parallel_ranks(with_triton, tensor_parallel, options):
+    """Error budget: twice that of the path of the CPU on one process in float32, and 1 eps."""
+    parts = run_ranks(split_answer, tensor_parallel, options)
+    whole = (parts[0][0], parts[0][1], torch.cat([grad for *_, grad in parts]))
+    assert all(torch.equal(part[0], whole[0]) for part in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_a_cpu(patch)
+        problem = make_problem(ignored=0.3)
+        plain, exact = answer(problem, torch.float32, **options), answer(problem, torch.float64, **options)
+    for one, reference, truth in zip(whole, plain, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max() / truth.abs().max() for x in (one, reference))
+        assert error <= 2 * budget + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["both", "all rare", "none rare", "all ignored", "one"])
+def test_triton_puts_positions_in_the_same_order(with_triton, gated, rank, kind):
+    problem = make_problem(tokens=1 if kind == "one" else 700, ignored=1.0 if kind == "all ignored" else 0.3)
+    rare = problem.gates.rare
+    rare = {"all rare": torch.ones_like(rare), "none rare": torch.zeros_like(rare)}.get(kind, rare)
+    gates = dataclasses.replace(problem.gates, rare_ids=rare) if gated else None
+    shard = VocabShard(256 * rank, 256 * (rank + 1), 507)  # of two, whose group takes no part
+    mine = Job(problem.target, gates, shard, -100, 0.0, 7).positions()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "triton_for", lambda tensor: None)
+        theirs = Job(problem.target, gates, shard, -100, 0.0, 7).positions()
+    for field in dataclasses.fields(mine):
+        one, other = getattr(mine, field.name), getattr(theirs, field.name)
+        assert one.dtype == other.dtype and torch.equal(one, other), field.name
+
+
+@pytest.mark.parametrize("outside", [507, -1])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("path", ["on_device", "with_triton"])
+def test_a_target_outside_the_vocabulary_is_asserted(request, outside, gated, path):
+    request.getfixturevalue(path)
+    problem = make_problem(tokens=700)
+    problem.target[300] = outside
+    gates = problem.gates if gated else None
+    with pytest.raises(RuntimeError, match="a target is outside the vocabulary of 507 ids"):
+        gated_linear_cross_entropy(problem.hidden, problem.weight, problem.target, gates, problem.shard(0, 1))
+
+
+@pytest.mark.parametrize("repeated", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("gated", [True, False])
+def test_entries_of_one_target_are_added_together(with_triton, repeated, gated):
+    """Also if one turn of the kernel does not take them all. Error budget: twice that of torch in float32."""
+    target = torch.cat([torch.tensor([3, 3, 300, 250, 300, -100]), torch.full((repeated,), 9), torch.tensor([255, 0])])
+    positions = Job(target, None, VocabShard(0, 256, 507), -100, 0.0, 7).positions()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(target), 600, generator=generator)  # more columns than a program takes
+    coefficient = torch.randn(len(target), generator=generator) * positions.here
+    after = torch.rand(256, generator=generator) if gated else None
+    answers = []
+    for path, dtype in ((triton_kernels, torch.float32), (None, torch.float32), (None, torch.float64)):
+        matrix = torch.ones(256, 600, dtype=dtype)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "triton_for", lambda tensor, path=path: path)
+            own = after if after is None else after.to(dtype, copy=True)
+            factor = kernels.add_entries_(matrix, own, hidden.to(dtype), positions, coefficient.to(dtype), 7)
+        answers.append((matrix, factor))
+    (mine, factor), (plain, _), (exact, exact_factor) = answers
+    error, budget = ((x.double() - exact).abs().max() for x in (mine, plain))
+    assert error <= 2 * budget
+    assert factor is exact_factor if after is None else torch.equal(factor.double(), exact_factor)
+    assert (mine != 1).any(1).nonzero()[:, 0].tolist() == [0, 3, 9, 250, 255]
+
+
+@pytest.mark.parametrize("rows", [40, 64, 100, 507])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_rows_in_pieces_are_multiplied_the_same(monkeypatch, rows, aligned):
+    """Whatever stood in the memory before."""
+    monkeypatch.setattr(projection, "wants_alignment", lambda tensor: aligned)
+    monkeypatch.setattr(kernels, "mixed_addmm_for", lambda tensor: aligned)
+    hidden, weight = torch.randn(9, 8, dtype=torch.float64), torch.randn(rows, 8, dtype=torch.float64)
+    pieces = Projection(weight, 12)
+    pieces._buffer.fill_(torch.nan)
+    logits = pieces.logits(hidden)
+    assert pieces._buffer.stride(0) == (-(-rows // 64) * 64 if aligned else rows)
+    torch.testing.assert_close(logits, hidden @ weight.T)
+    p = pieces.put(logits.softmax(1))
+    assert p.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(pieces.times_weight(9, torch.float64), p @ weight)
+    total = torch.full((rows, 8), torch.nan, dtype=torch.float64)
+    for _ in range(2):
+        pieces.add_transposed_(total, hidden, anew=bool(total.isnan().any()))
+    torch.testing.assert_close(total, 2 * p.T @ hidden)
+
+
+@pytest.mark.parametrize("kernel", ["gate_at_turn_", "scale_at_turn_", "add_entries_"])
 def test_a_kernel_that_does_nothing_would_show(with_triton, monkeypatch, kernel):
     monkeypatch.setattr(triton_kernels, kernel, lambda *arguments: None)
     with pytest.raises(AssertionError):
         test_the_path_of_a_gpu_with_triton(None, torch.float32, torch.clone, {})
-    monkeypatch.setattr(kernels, kernel, lambda *arguments: None)
-    monkeypatch.setattr(kernels, "_triton_for", lambda tensor: None)
+    monkeypatch.setattr(kernels, kernel, lambda *arguments: arguments[1])
+    monkeypatch.setattr(kernels, "triton_for", lambda tensor: None)
     with pytest.raises(AssertionError):
         test_the_path_of_a_gpu_equals_the_papers_formula(None, "mean", 0.3)
 
@@ -187,10 +306,10 @@ def test_a_softmax_that_is_off_would_show(with_triton, monkeypatch, place):
     """By a hundredth of a per mille, in what it returns or in what it writes."""
     softmax_rows_ = triton_kernels.softmax_rows_
 
-    def off(logits, target):
-        returned = list(softmax_rows_(logits, target))
+    def off(logits, target, here):
+        returned = softmax_rows_(logits, target, here)
         (logits if place == "p" else returned[place]).mul_(1 + 1e-5)
-        return tuple(returned)
+        return returned
 
     test_triton_softmax_equals_torchs(None, torch.float32, 517)
     monkeypatch.setattr(triton_kernels, "softmax_rows_", off)
@@ -202,27 +321,12 @@ def test_products_of_bfloat16_are_summed_in_float32(with_triton, monkeypatch):
     """On a GPU and on the CPU alike; a sum in bfloat16 would lose all but the first of these."""
     left, right = torch.full((3, 1), 2**-9).bfloat16(), torch.ones(1, 2).bfloat16()
     for on_gpu in (True, False):
-        monkeypatch.setattr(kernels, "_mixed_addmm_for", lambda tensor, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(kernels, "mixed_addmm_for", lambda tensor, on_gpu=on_gpu: on_gpu)
         total = torch.full((3, 2), torch.nan)
         kernels.add_product_(total, torch.ones(3, 1).bfloat16(), right, anew=True)
         for _ in range(4):
             kernels.add_product_(total, left, right, anew=False)
         assert torch.equal(total, torch.full((3, 2), 1 + 4 * 2**-9))
-
-
-def test_entries_of_other_ranks_do_not_pile_up_on_one_row(monkeypatch):
-    """Where rows are sorted, a row's entries are added one after the other."""
-    rows, here = torch.randint(0, 10, (400,)), torch.rand(400) < 0.2
-    rows[~here] = 0
-    spread = kernels.spread_rows(rows, here, 10)
-    assert torch.equal(spread[here], rows[here]) and spread[~here].bincount(minlength=10).max() < 60
-    entries, sums = torch.rand(400, 3, dtype=torch.float64) * here[:, None], []
-    for sorting in (True, False):
-        monkeypatch.setattr(kernels, "_adds_by_sorting", lambda matrix, sorting=sorting: sorting)
-        sums.append(torch.zeros(10, 3, dtype=torch.float64))
-        kernels.add_rows_(sums[-1], rows, entries, here)
-        kernels.add_rows_(torch.zeros(0, 3), rows[:0], entries[:0].float(), here[:0])
-    torch.testing.assert_close(*sums, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("window", ["sliding", "exponential"])

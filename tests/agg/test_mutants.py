@@ -16,7 +16,9 @@ from tests.distributed import run_ranks
 
 sweep_run = module.Sweep.run
 row_factors = module.row_factors
-add_target_entries = module.Sweep._add_target_entries
+add_entries = module.kernels.add_entries_
+own_entries = module.Sweep._own_entries
+softmax_rows = module.kernels.softmax_rows_
 softmax_over_shards = module.softmax_over_shards_
 
 
@@ -76,19 +78,29 @@ def swapped_gates(gates, dtype):
     return row_factors(Gates(gates.rare, gates.g2, gates.g1), dtype)
 
 
-def no_exemption(sweep, own_factor):
-    gates = sweep.job.gates
-    sweep._own_p *= torch.where(sweep._is_rare, gates.g2[sweep._rows], gates.g1[sweep._rows])
-    add_target_entries(sweep, own_factor)
+def no_exemption(sweep, first, end):
+    gates, chunk = sweep.job.gates, sweep.positions.part(first, end)
+    rare = sweep.positions.is_rare()[first:end]
+    gate = torch.where(rare, gates.g2[chunk.rows], gates.g1[chunk.rows])
+    return own_entries(sweep, first, end) - sweep._terms[3, first:end] * (1 - gate) * sweep._scale[first:end]
 
 
-def gated_target_entry(sweep, own_factor):
-    add_target_entries(sweep, torch.ones_like(own_factor))
+def gated_target_entry(matrix, after, *rest):
+    add_entries(matrix, torch.ones_like(after), *rest)
+    return after
+
+
+def targets_left_in(logits, target, here, sum_dtype):
+    own = logits.gather(1, target[:, None])[:, 0].to(sum_dtype)
+    p, told = softmax_rows(logits, target, torch.zeros_like(here), sum_dtype)
+    told[2] = torch.where(here, own, 0)
+    return p, told
 
 
 def unnormalised(*arguments):
-    p, log_norm, factor, own, own_p = softmax_over_shards(*arguments)
-    return p, log_norm, factor * 1.01, own, own_p
+    p = softmax_over_shards(*arguments)
+    arguments[-1][2] *= 1.01
+    return p * 1.01
 
 
 MUTANTS = {
@@ -99,14 +111,14 @@ MUTANTS = {
     "not gated": (module, "row_factors", no_factors, "dW"),
     "g1 for both classes": (module, "row_factors", g1_for_both, "dW"),
     "g1 and g2 swapped": (module, "row_factors", swapped_gates, "dW"),
-    "target not exempt": (module.Sweep, "_add_target_entries", no_exemption, "dW"),
-    "no target entry": (module.Sweep, "_add_target_entries", lambda *_: None, "dW"),
-    "target entry not divided by its row's factor": (module.Sweep, "_add_target_entries", gated_target_entry, "dW"),
-    "targets counted twice": (module, "take_out_targets_", lambda *_: None, "dW"),
+    "target not exempt": (module.Sweep, "_own_entries", no_exemption, "dW"),
+    "no target entry": (module.kernels, "add_entries_", lambda matrix, after, *_: after, "dW"),
+    "target entry not divided by its row's factor": (module.kernels, "add_entries_", gated_target_entry, "dW"),
+    "targets counted twice": (module.kernels, "softmax_rows_", targets_left_in, "dW"),
     "no target is rare": (module.Job, "target_is_rare", lambda self: torch.zeros_like(self.target).bool(), "dW"),
     "every target is rare": (module.Job, "target_is_rare", module.Job.valid, "dW"),
-    "chunk of the turn not gated": (module.kernels, "gate_leading_rows_", lambda *_: None, "dW"),
-    "sum before the turn not gated": (module.kernels, "scale_rows_if_", lambda *_: None, "dW"),
+    "chunk of the turn not gated": (module.kernels, "gate_at_turn_", lambda *_: None, "dW"),
+    "sum before the turn not gated": (module.kernels, "scale_at_turn_", lambda *_: None, "dW"),
     "softmax not normalised": (module, "softmax_over_shards_", unnormalised, "dH"),
 }
 
@@ -138,8 +150,8 @@ def split_answer(rank: int, world_size: int, mutant: str | None):
         module.VocabShard.all_reduce = lambda self, t, *op: t if t.is_floating_point() else reduce(self, t, *op)
     if mutant == "norm of this rank alone":
         alone = VocabShard(shard.start, shard.stop, shard.vocab_size)
-        module.softmax_over_shards_ = lambda logits, rows, here, shard, dtype: softmax_over_shards(
-            logits, rows, here, alone, dtype
+        module.softmax_over_shards_ = lambda logits, rows, here, shard, terms: softmax_over_shards(
+            logits, rows, here, alone, terms
         )
     hidden, weight = problem.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard)

@@ -26,6 +26,7 @@ from tests.agg import (
     test_logit_options,
     test_probe,
 )
+from tests.agg.test_mutants import targets_left_in
 from tests.invariance import (
     test_agg_counts,
     test_agg_layouts,
@@ -84,7 +85,7 @@ def ungated_smoothing(self):
     sums, job, real = sweep_run(self), self.job, self.job.shard.real
     gate = torch.where(job.target_is_rare()[:, None], job.gates.g2, job.gates.g1)[:, :real].to(self.hidden.dtype)
     gate[job.valid(), job.target[job.valid()]] = 1
-    taken = (1 - gate) * self.row_scale[:, None] * job.label_smoothing / job.shard.vocab_size
+    taken = (1 - gate) * job.valid()[:, None] * job.label_smoothing / job.shard.vocab_size
     weight = sums.weight * sums.weight_factor[:, None]
     weight[:real] -= taken.T @ self.hidden
     return dataclasses.replace(sums, weight=weight, weight_factor=None)
@@ -106,8 +107,9 @@ def no_factors_on_ranks(gates, dtype):
 
 
 def a_tenth_more_loss(*arguments):
-    p, log_norm, *rest = softmax_over_shards_(*arguments)
-    return p, 1.1 * log_norm, *rest
+    p, terms = softmax_over_shards_(*arguments), arguments[-1]
+    terms[0] += 0.1 * terms[1]  # of the log of the norm
+    return p
 
 
 def no_z_loss(self):
@@ -237,7 +239,7 @@ MUTANTS = {
         f"no slope of the cap, {name}": (agg.sweep, "soft_cap_", no_slope, test)
         for name, test in {"fp64": capped, "fp32": capped_fp32, "ranks": capped_on_ranks}.items()
     },
-    "probe counts the pull of targets": (agg.sweep, "take_out_targets_", lambda *_: None, probed),
+    "probe counts the pull of targets": (agg.sweep.kernels, "softmax_rows_", targets_left_in, probed),
     "probe takes g1 for g2": (LossProbe, "add_pushes", probe_with("columns", gates_swapped), probed),
     "no target is rare to the probe": (LossProbe, "add_pushes", probe_with("is_rare", torch.zeros_like), probed),
     "probe forgets other shards": (LossProbe, "add_pushes", probe_with("factor", torch.ones_like), probed_on_ranks),
