@@ -1,8 +1,9 @@
 """``python -m agg.benchmark``: what gating costs, against the plain loss, three bare matmuls, and peers.
 
 All sides run in every round of one process, in an order drawn anew, so a ratio is taken within a round, and its median,
-quartiles and confidence interval over rounds; absolute times of a shared machine mean little. Gradients are compared
-before anything is timed. A side of another library that computes something else is timed and marked; of a size where
+quartiles and confidence interval over rounds; absolute times of a shared machine mean little. On a GPU its own time
+counts, behind other work, and beside it stands the time from idle to idle. Gradients are compared before anything is
+timed. A side of another library that computes something else is timed and marked; of a size where
 one of ours does, nothing is timed, and the exit code is 1. The figures are saved as JSON after each size, whole or not
 at all.
 
@@ -90,8 +91,12 @@ def benchmark(
         sides = {name: side for name, side in sides.items() if checks[name].differences}
         memory = {name: peak_extra_bytes(case, partial(run_side, case, side)) for name, side in sides.items()}
         memory["three matmuls"] = peak_extra_bytes(case, lambda: bare_matmuls(case)())
-        seconds = time_interleaved(case, sides, rounds, memory, counting_calls(case))
-    result["sides"] = {name: _figures(seconds, name, memory, checks.get(name)) for name in seconds}
+        others = counting_calls(case)
+        seconds = time_interleaved(case, sides, rounds, memory, others)
+        from_idle = None
+        if device == "cuda":
+            from_idle = time_interleaved(case, sides, rounds, memory, others, from_idle=True)
+    result["sides"] = {name: _figures(seconds, name, memory, checks.get(name), from_idle) for name in seconds}
     return result
 
 
@@ -113,16 +118,28 @@ def _empty_result(size: Size, rounds: int, dtype: torch.dtype, device: str, tens
 
 
 def _figures(
-    seconds: dict[str, list[float]], name: str, memory: dict[str, int | None], check: Check | None
+    seconds: dict[str, list[float]],
+    name: str,
+    memory: dict[str, int | None],
+    check: Check | None,
+    from_idle: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
+    """``from_idle``: on a GPU, where the launches of the host count too."""
+    return {
+        **_times(seconds, name),
+        "from_idle": from_idle and _times(from_idle, name),
+        "peak_extra_bytes": memory.get(name),
+        "gradient_difference": check and check.differences,
+        "failed": check and check.failure,
+    }
+
+
+def _times(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
     return {
         "median_seconds": statistics.median(seconds[name]),
         "over_gated": ratio(seconds, name, "gated"),
         "over_ungated": ratio(seconds, name, "ungated"),
         "over_three_matmuls": ratio(seconds, name, "three matmuls"),
-        "peak_extra_bytes": memory.get(name),
-        "gradient_difference": check and check.differences,
-        "failed": check and check.failure,
         "seconds": seconds[name],
     }
 

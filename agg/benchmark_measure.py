@@ -20,6 +20,7 @@ from agg.benchmark_limits import synchronize
 from agg.benchmark_sides import Case, Side, bare_matmuls, run_side
 
 CONFIDENCE = 0.95
+FEWEST_CYCLES, MOST_CYCLES = 2 * 10**7, 32 * 10**7  # that a GPU is kept busy for: 10 to 160 ms
 
 
 def peak_extra_bytes(case: Case, call: Callable[[], Any]) -> int | None:
@@ -56,30 +57,68 @@ def time_interleaved(
     rounds: int,
     memory: Mapping[str, int | None],
     others: dict[str, Callable[[], Any]] | None = None,
+    *,
+    from_idle: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every side, of the bare matmuls and of ``others`` in every round. One round warms up.
 
     The order is drawn anew for each round, the same on all ranks: in a fixed one each side would always inherit what
     the same other side leaves behind.
 
+    On a GPU they are those of the GPU alone, behind work that keeps it busy while the host launches what is timed, as
+    the layers of a model do in training; see :class:`BusyDevice`.
+
     Args:
         memory: what :func:`peak_extra_bytes` found.
+        from_idle: on a GPU, by the clock of the host instead, from an idle GPU to an idle GPU.
     """
     calls: dict[str, Callable[[], Any]] = {name: partial(run_side, case, side) for name, side in sides.items()}
     calls |= {"three matmuls": bare_matmuls(case), **(others or {})}
     names, seconds = list(calls), {name: list[float]() for name in calls}
+    on_gpu = case.hidden.device.type == "cuda" and not from_idle
+    clocks = {name: BusyDevice().seconds if on_gpu else partial(_clock, case) for name in names}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(names, len(names)):
             _touch_free_memory(case, memory.get(name) if name in sides else None)
             if case.shard.world_size > 1:
                 dist.barrier(group=case.shard.group)
             synchronize(case)
-            begin = time.perf_counter()
-            calls[name]()
-            synchronize(case)
+            taken = clocks[name](calls[name])
             if number:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
     return seconds
+
+
+def _clock(case: Case, call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    synchronize(case)
+    return time.perf_counter() - begin
+
+
+class BusyDevice:
+    """Times a call on a GPU that has something else to do until the call is launched.
+
+    Else small sizes would tell how fast Python is. How long that has to be is found by trying, up to ``MOST_CYCLES``:
+    a call that waits for the GPU, or launches more than fits into its queue, is timed with the gaps that it leaves.
+    """
+
+    def __init__(self) -> None:
+        self._cycles = FEWEST_CYCLES
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        while True:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self._cycles)
+            begin.record()
+            call()
+            end.record()
+            was_busy = not begin.query()
+            torch.cuda.synchronize()
+            if was_busy or self._cycles >= MOST_CYCLES:
+                taken: float = begin.elapsed_time(end) / 1e3
+                return taken
+            self._cycles *= 4
 
 
 def _touch_free_memory(case: Case, extra_bytes: int | None) -> None:

@@ -33,8 +33,13 @@ def table(result: Result) -> str:
         return f"{title(result)}: skipped, {result['skipped']}"
     if result["failed"]:
         return f"{title(result)}: FAILED, {result['failed']}"
-    lines = [f"{title(result)}, {result['rounds']} rounds, quartiles in brackets"]
-    lines.append(f"  {'':36}{'median':>13}{'/ three matmuls':>24}{'/ ungated':>24}{'/ gated':>24}{'peak extra':>12}")
+    on_gpu = result["device"] == "cuda"
+    told = "; medians of the GPU's own time behind other work, and from idle to idle" if on_gpu else ""
+    lines = [f"{title(result)}, {result['rounds']} rounds, quartiles in brackets{told}"]
+    lines.append(
+        f"  {'':36}{'median':>13}{'/ three matmuls':>24}{'/ ungated':>24}{'/ gated':>24}{'peak extra':>12}"
+        + ("from idle".rjust(13) if on_gpu else "")
+    )
     for name, side in result["sides"].items():
         cells = [f"{side['median_seconds'] * 1e3:,.2f} ms".rjust(13)]
         for key in ("over_three_matmuls", "over_ungated", "over_gated"):
@@ -43,6 +48,8 @@ def table(result: Result) -> str:
             cells.append(f"{side[key]['median']:.{digits}f} {quartiles}".rjust(24))
         peak = side["peak_extra_bytes"]
         cells.append(("" if peak is None else f"{peak / 2**20:,.0f} MiB").rjust(12))
+        if on_gpu:
+            cells.append(f"{side['from_idle']['median_seconds'] * 1e3:,.2f} ms".rjust(13))
         lines.append(f"  {name + (' (!)' if side['failed'] else ''):36}" + "".join(cells))
     lines += [f"  (!) {name}: {side['failed']}" for name, side in result["sides"].items() if side["failed"]]
     lines += [f"  not timed: {name}: {reason}" for name, reason in result["not_timed"].items()]

@@ -65,7 +65,7 @@ class Job:
             return Positions(order, *triton.positions_of_keys(keys, self.shard))
         valid, is_rare = keys < 2 * size, keys < size
         rows, here = self.shard.to_local(torch.where(valid, torch.where(is_rare, keys, keys - size), -1))
-        return Positions(order, rows, here, valid, is_rare.sum())
+        return Positions(order, rows, here, valid, is_rare.sum(), valid.sum())
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Positions:
             counting them costs no wait, how many are not ignored.
         rows: int64 [N], of its target in this shard; 0 where that is held elsewhere, or ignored.
         here: bool [N], whether this shard holds it. valid: bool [N], not ignored.
-        rare_count: int64 [], how many have a rare target: the first ones.
+        rare_count: int64 [], how many have a rare target: the first ones. valid_count: int64 [], how many are valid.
     """
 
     order: torch.Tensor
@@ -85,14 +85,15 @@ class Positions:
     here: torch.Tensor
     valid: torch.Tensor
     rare_count: torch.Tensor
+    valid_count: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.order)
 
     def part(self, first: int, end: int) -> Positions:
-        """Those from ``first`` to ``end``; ``rare_count`` stays that of all."""
+        """Those from ``first`` to ``end``; the counts stay those of all."""
         order, rows, here, valid = (x[first:end] for x in (self.order, self.rows, self.here, self.valid))
-        return Positions(order, rows, here, valid, self.rare_count)
+        return Positions(order, rows, here, valid, self.rare_count, self.valid_count)
 
     def is_rare(self) -> torch.Tensor:
         """bool [N]: whether its target is."""

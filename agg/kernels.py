@@ -90,25 +90,39 @@ def softmax_rows_(
     return logits, torch.stack([largest, total, own])
 
 
-def over_shards_(terms: torch.Tensor, of_ranks: torch.Tensor, rank: int, here: torch.Tensor) -> None:
+def over_shards_(
+    terms: torch.Tensor,
+    of_ranks: torch.Tensor,
+    rank: int,
+    chunk: Positions,
+    scale: torch.Tensor,
+    alone: float,
+    z_loss: float,
+) -> None:
     """What the rows of a chunk are over the whole vocabulary.
 
     Args:
-        terms: [4, C], overwritten: the loss; the log of the norm; what this rank's softmax is to be multiplied by; P of
-            the target if it is here, else 0, before it is rounded.
+        terms: [5, C], overwritten: the loss, 0 where ignored; the log of the norm; what this rank's softmax is to be
+            multiplied by to be P; the same for its part of a gradient, so times ``scale * (1 + 2 z_loss log_norm)``;
+            the entry of the target in it, ``(P (1 + 2 z_loss log_norm) - alone) * scale`` of P before it is rounded,
+            0 where the target is not here.
         of_ranks: [ranks, 3, C] of :func:`softmax_rows_`. rank: this one.
+        scale: [C], what each loss counts for.
     """
     triton = triton_for(terms)
     if triton is not None:
-        triton.over_shards_(terms, of_ranks, rank, here)
+        triton.over_shards_(terms, of_ranks, rank, chunk, scale, alone, z_loss)
         return
     largest, total, own = of_ranks.unbind(1)  # [ranks, C] each
     largest_of_all = largest.amax(0)
     norm = (total * (largest - largest_of_all).exp()).sum(0)
-    log_norm, own_logit = largest_of_all + norm.log(), own.sum(0)
+    log_norm = largest_of_all + norm.log()
     factor = total[rank] * (largest[rank] - largest_of_all).exp() / norm
-    own_p = torch.where(here, (own[rank] - largest_of_all).exp() / norm, 0)
-    torch.stack([log_norm - own_logit, log_norm, factor, own_p], out=terms)
+    own_p = (own[rank] - largest_of_all).exp() / norm
+    more = 1 + 2 * z_loss * log_norm if z_loss else 1.0
+    loss, own_entry = log_norm - own.sum(0), torch.where(chunk.here, (own_p * more - alone) * scale, 0)
+    of_chunk = (torch.where(chunk.valid, loss, 0), log_norm, factor, scale * factor * more, own_entry)
+    torch.stack(of_chunk, out=terms)
 
 
 def add_hidden_gradient_(
@@ -119,17 +133,17 @@ def add_hidden_gradient_(
     positions: Positions,
     own: torch.Tensor,
 ) -> None:
-    """``sums[order] = product * scale + weight[rows] * own``, the latter where ``here``, for a chunk of positions.
+    """``sums[order] = product * scale + weight[rows] * own`` for a chunk of positions.
 
     Args:
-        sums: [T, D]. product: [C, D]. scale, own: [C]. weight: [V_local, D].
+        sums: [T, D]. product: [C, D]. scale, own: [C], the latter 0 where not here. weight: [V_local, D].
     """
     triton = triton_for(sums)
     if triton is not None:
         triton.add_hidden_gradient_(sums, product, scale, weight, positions, own)
         return
     part = product.to(sums.dtype).mul_(scale[:, None])
-    part += weight[positions.rows].to(sums.dtype) * torch.where(positions.here, own, 0)[:, None]
+    part += weight[positions.rows].to(sums.dtype) * own[:, None]
     sums[positions.order] = part
 
 

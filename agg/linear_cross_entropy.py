@@ -203,11 +203,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         sweep = Sweep(job, hidden, weight, None, needs_hidden, needs_weight)
         sums = sweep.run()
-        scale = sums.losses.new_ones(())
+        ctx.sums, ctx.scale, loss = sums, None, sums.losses.sum()
         if reduction == "mean":
-            scale = scale / sweep.positions.valid.sum().clamp(min=1)
-        ctx.sums, ctx.scale = sums, scale
-        return sums.losses.sum() * scale
+            ctx.scale = 1 / sweep.positions.valid_count.to(loss.dtype).clamp(min=1)
+            loss *= ctx.scale
+        return loss
 
     @staticmethod
     def backward(
@@ -226,7 +226,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums, keep = ctx.sums, _keeps_graph()
         if not keep:
             ctx.sums = None
-        return *sums.gradients(loss_grad * ctx.scale, keep), None, None, None
+        scale = loss_grad if ctx.scale is None else loss_grad * ctx.scale
+        return *sums.gradients(scale, keep), None, None, None
 
 
 def _keeps_graph() -> bool:

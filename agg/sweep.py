@@ -11,11 +11,10 @@ import torch
 from agg import kernels
 from agg.gating import Gates
 from agg.gradient_sums import GradientSums
-from agg.job import Job
+from agg.job import Job, Positions
 from agg.kernels import TINY
 from agg.probe import probe_columns
 from agg.projection import Projection
-from agg.vocab_shard import VocabShard
 
 
 class Sweep:
@@ -48,9 +47,8 @@ class Sweep:
         self._count = len(self.positions)
         self._scale = self.positions.valid.to(self.sum_dtype) if row_scale is None else row_scale[self.positions.order]
         self._counts_once = row_scale is None
-        # Of each position: loss, log of the norm, factor of P, and what of P is added apart at its target.
-        self._terms = torch.empty(4, self._count, dtype=self.sum_dtype, device=hidden.device)
-        self._own_slope = torch.ones_like(self._terms[0]) if job.soft_cap else None
+        # Of each position: see kernels.over_shards_.
+        self._terms = torch.empty(5, self._count, dtype=self.sum_dtype, device=hidden.device)
         self._hidden_sum: torch.Tensor | None = None
         if needs_hidden:
             all_taken = self._count == len(hidden)
@@ -79,8 +77,7 @@ class Sweep:
             del self._projection  # before dW is rounded
             factor = None if self._weight_sum is None else self._complete_rows()
             self._complete_hidden()
-        self.losses = torch.zeros(len(self.hidden), dtype=self.sum_dtype, device=self.hidden.device)
-        self.losses[self.positions.order] = torch.where(self.positions.valid, self._terms[0], 0)
+        self.losses = self._terms.new_zeros(len(self.hidden)).scatter_(0, self.positions.order, self._terms[0])
         if self.job.probe is not None:
             self.job.probe.token_losses.append((self.job.target, self.losses))
         return GradientSums(self.losses, self._hidden_sum, self._weight_sum, factor, self.hidden.dtype)
@@ -95,45 +92,33 @@ class Sweep:
             logits = logits.to(self.sum_dtype)  # 1 - tanh^2 in 16 bits would be little but rounding
             slope = soft_cap_(logits, job.soft_cap)
         terms = self._terms[:, first:end]
-        p = softmax_over_shards_(logits, chunk.rows, chunk.here, job.shard, terms)
-        losses, log_norm, factor, own_p = terms
+        p = softmax_over_shards_(logits, chunk, job, self._scale[first:end], terms)
+        losses, log_norm, factor, p_scale, own = terms
         if self._probe_columns is not None and job.probe is not None:
             of_chunk = (self.positions.is_rare()[first:end], chunk.valid)
             job.probe.add_pushes(self._probe_columns, p, factor, losses, *of_chunk)
-        if job.z_loss:  # d(z_loss log_norm^2)/d(logit) = 2 z_loss log_norm P
-            more = 1 + 2 * job.z_loss * log_norm
-            factor *= more
-            own_p *= more
-        if slope is not None and self._own_slope is not None and len(self.real):
+        if slope is not None and len(self.real):
             p *= slope
-            self._own_slope[first:end] = slope.gather(1, chunk.rows[:, None]).squeeze(1)
-            own_p *= self._own_slope[first:end]
+            own *= slope.gather(1, chunk.rows[:, None]).squeeze(1)
         if self._row_sum_all is not None:
             mean_logit = hidden.to(self.sum_dtype) @ self._row_sum_all / job.shard.vocab_size
-            losses.mul_(1 - eps).add_(log_norm - mean_logit, alpha=eps)
-        if len(self.real) and (self._hidden_sum is not None or self._weight_sum is not None):
-            self._add_gradients(self._projection.put(p), hidden, first, end)
-
-    def _add_gradients(self, p: torch.Tensor, hidden: torch.Tensor, first: int, end: int) -> None:
-        """What a chunk adds; ``p`` [C, V_local] is overwritten."""
-        chunk, factor, scale = self.positions.part(first, end), self._terms[2, first:end], self._scale[first:end]
-        # What the other ranks add to the norm is a factor of rows.
-        p_scale = scale if self._is_complete() else scale * factor
+            losses.mul_(1 - eps).add_(torch.where(chunk.valid, log_norm - mean_logit, 0), alpha=eps)
+        if len(self.real) == 0 or (self._hidden_sum is None and self._weight_sum is None):
+            return
+        p = self._projection.put(p)
         if self._hidden_sum is not None:
             product = self._projection.times_weight(len(hidden), self.sum_dtype)
-            own = self._own_entries(first, end)
             kernels.add_hidden_gradient_(self._hidden_sum, product, p_scale, self.real, chunk, own)
         if self._weight_sum is not None:
             total = self._weight_sum[: len(self.real)]
-            # Where each counts once, those that are ignored are 0 already.
-            scaled = hidden if self._is_complete() and self._counts_once else kernels.scaled_rows(hidden, p_scale)
+            scaled = hidden if self._p_counts_once() else kernels.scaled_rows(hidden, p_scale)
             if self._factors is not None:
                 self._gate_at_turn(total, p, first)
             self._projection.add_transposed_(total, scaled, anew=first == 0)
 
-    def _is_complete(self) -> bool:
-        """Whether P of a shard is P, and so all that a gradient is made of."""
-        return self.job.shard.world_size == 1 and not self.job.z_loss
+    def _p_counts_once(self) -> bool:
+        """Whether the softmax of this shard is all that each position adds, 0 where ignored, as hidden is there."""
+        return self._counts_once and self.job.shard.world_size == 1 and not self.job.z_loss
 
     def _gate_at_turn(self, total: torch.Tensor, p: torch.Tensor, first: int) -> None:
         """In the chunk where the positions with rare targets end, gate what they have added and what they will add."""
@@ -147,22 +132,16 @@ class Sweep:
         """Add to dW what is not P; returns the factor [V_local] that its rows still lack, if they lack any."""
         assert self._weight_sum is not None
         self._add_smoothing()
-        coefficient = self._own_entries(0, self._count)
+        coefficient = self._terms[4]
         if self.job.gates is not None and self._smoothing_per_id:  # what the gate took from it
             rows = self.positions.rows
             gate = torch.where(self.positions.is_rare(), self.job.gates.g2[rows], self.job.gates.g1[rows])
-            coefficient -= (1 - gate.to(self.sum_dtype)) * self._smoothing_per_id * self._scale * self.positions.here
+            closed = (1 - gate.to(self.sum_dtype)) * self.positions.here
+            coefficient = coefficient - closed * self._smoothing_per_id * self._scale
         # No gate holds the entry of a target: it is divided by what its row gets, which may not be 0 then.
         after = None if self._factors is None else self._factors[1]
         given = (self.hidden, self.positions, coefficient, self.job.chunk_tokens)
         return kernels.add_entries_(self._weight_sum, after, *given)
-
-    def _own_entries(self, first: int, end: int) -> torch.Tensor:
-        """``P - Y`` at the targets of the positions [C] from ``first`` to ``end``; 0 where they are held elsewhere."""
-        alone = self._terms[3, first:end] - (1 - self.job.label_smoothing) * (
-            1 if self._own_slope is None else self._own_slope[first:end]
-        )
-        return alone * self._scale[first:end] * self.positions.here[first:end]
 
     def _add_smoothing(self) -> None:
         """The part of ``-Y'`` that is the same for all ids, gated like P."""
@@ -204,8 +183,13 @@ def row_factors(gates: Gates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
         between, after: [V_local], float32 at least. Where g2 is not 0, ``after`` is at least 2^-60, in float16 2^-14 so
         that ``between`` fits: a smaller g1 counts as that much.
     """
+    least = 2.0**-14 if dtype == torch.float16 else TINY
+    triton = kernels.triton_for(gates.g1)
+    if triton is not None and dtype != torch.float64:
+        factors: tuple[torch.Tensor, torch.Tensor] = triton.row_factors(gates.g1, gates.g2, least)
+        return factors
     g1, g2 = (gate.to(sum_dtype(dtype)) for gate in (gates.g1, gates.g2))
-    after = torch.where(g2 > 0, g1.clamp(min=2.0**-14 if dtype == torch.float16 else TINY), g1)
+    after = torch.where(g2 > 0, g1.clamp(min=least), g1)
     return torch.where(after > 0, g2 / after, 1.0), after
 
 
@@ -218,19 +202,20 @@ def soft_cap_(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def softmax_over_shards_(
-    logits: torch.Tensor, rows: torch.Tensor, here: torch.Tensor, shard: VocabShard, terms: torch.Tensor
+    logits: torch.Tensor, chunk: Positions, job: Job, scale: torch.Tensor, terms: torch.Tensor
 ) -> torch.Tensor:
     """Softmax over a split vocabulary with one collective.
 
     Args:
-        logits: [C, real rows], overwritten. rows: of the targets [C]. here: whether each is on this rank.
-        terms: [4, C], overwritten: see :func:`agg.kernels.over_shards_`.
+        logits: [C, real rows], overwritten. chunk: its positions. scale: [C], what each loss counts for.
+        terms: [5, C], overwritten: see :func:`agg.kernels.over_shards_`.
 
     Returns:
         The softmax over this rank's rows alone, which is to be multiplied by one of the terms; 0 at the targets.
     """
-    local_p, told = kernels.softmax_rows_(logits, rows, here, terms.dtype)
-    kernels.over_shards_(terms, shard.all_gather(told), shard.rank, here)
+    local_p, told = kernels.softmax_rows_(logits, chunk.rows, chunk.here, terms.dtype)
+    of_ranks = job.shard.all_gather(told)
+    kernels.over_shards_(terms, of_ranks, job.shard.rank, chunk, scale, 1 - job.label_smoothing, job.z_loss)
     return local_p
 
 

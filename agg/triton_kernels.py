@@ -5,6 +5,8 @@ Letters: N positions of a call, C of a chunk, V columns of a chunk of logits.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from agg.triton_rows import (
     keys_of_targets,
     on_device_of,
     positions_of_keys,
+    row_factors,
     scale_at_turn_,
     scale_into,
     take_rows,
@@ -27,11 +30,15 @@ __all__ = [
     "keys_of_targets",
     "over_shards_",
     "positions_of_keys",
+    "row_factors",
     "scale_at_turn_",
     "scale_into",
     "softmax_rows_",
     "take_rows",
 ]
+
+if TYPE_CHECKING:
+    from agg.job import Positions
 
 # Columns that one program of the softmax holds. It reads a row twice: with so many warps one program fills a
 # multiprocessor of an H100, and the rows under way (132 x 256 KiB at V 128k) stay in the L2 cache in between.
@@ -78,7 +85,9 @@ def _softmax_rows(logits, target, here, told, stride, rows, columns, block: tl.c
 
 
 @triton.jit(do_not_specialize=["stride", "rows", "rank"])  # type: ignore[untyped-decorator]
-def _over_shards(terms, of_ranks, here, stride, rows, ranks, rank, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _over_shards(  # type: ignore[no-untyped-def]
+    terms, of_ranks, here, valid, scale, stride, rows, ranks, rank, alone, z_loss, block: tl.constexpr
+):
     row = tl.program_id(0) * block + tl.arange(0, block)
     inside = row < rows
     largest = tl.load(of_ranks + row, mask=inside, other=0.0)
@@ -96,12 +105,16 @@ def _over_shards(terms, of_ranks, here, stride, rows, ranks, rank, block: tl.con
     factor = tl.load(mine + rows, mask=inside, other=1.0) * its_share / norm
     own_p = tl.exp(tl.load(mine + 2 * rows, mask=inside, other=0.0) - largest) / norm
     log_norm = largest + tl.log(norm)
-    tl.store(terms + row, log_norm - own_logit, mask=inside)
+    more = 1 + 2 * z_loss * log_norm
+    counts_for = tl.load(scale + row, mask=inside, other=0.0)
+    taken = tl.load(valid + row, mask=inside, other=0) != 0
+    is_here = tl.load(here + row, mask=inside, other=0) != 0
+    tl.store(terms + row, tl.where(taken, log_norm - own_logit, 0.0), mask=inside)
     tl.store(terms + stride + row, log_norm, mask=inside)
     tl.store(terms + 2 * stride + row, factor, mask=inside)
-    tl.store(
-        terms + 3 * stride + row, tl.where(tl.load(here + row, mask=inside, other=0) != 0, own_p, 0.0), mask=inside
-    )
+    tl.store(terms + 3 * stride + row, counts_for * factor * more, mask=inside)
+    own = (own_p * more - alone) * counts_for
+    tl.store(terms + 4 * stride + row, tl.where(is_here, own, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["begin", "size"])  # type: ignore[untyped-decorator]
@@ -141,14 +154,21 @@ def softmax_blocks(columns: int) -> dict[str, int]:
     return {"block": block, "rest": min(block, _COLUMNS)}
 
 
-def over_shards_(terms: torch.Tensor, of_ranks: torch.Tensor, rank: int, here: torch.Tensor) -> None:
+def over_shards_(
+    terms: torch.Tensor,
+    of_ranks: torch.Tensor,
+    rank: int,
+    chunk: Positions,
+    scale: torch.Tensor,
+    alone: float,
+    z_loss: float,
+) -> None:
     """See :func:`agg.kernels.over_shards_`."""
-    assert terms.stride(1) == 1 and of_ranks.is_contiguous() and here.is_contiguous()
+    assert terms.stride(1) == 1 and of_ranks.is_contiguous() and scale.is_contiguous()
     ranks, _, rows = of_ranks.shape
+    given = (terms, of_ranks, chunk.here, chunk.valid, scale, terms.stride(0), rows, ranks, rank, alone, z_loss)
     with on_device_of(terms):
-        _over_shards[(triton.cdiv(rows, _ROWS),)](
-            terms, of_ranks, here, terms.stride(0), rows, ranks, rank, block=_ROWS
-        )
+        _over_shards[(triton.cdiv(rows, _ROWS),)](*given, block=_ROWS)
 
 
 def gate_at_turn_(p: torch.Tensor, gate: torch.Tensor, rare_count: torch.Tensor, first: int) -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _COLUMNS = 4_096  # that one program holds
 _SCALING_PROGRAMS = 1_024  # share the rows of a matrix, most of which need nothing
 _POSITIONS = 256  # of a program that takes several
-_EQUAL, _ENTRY_COLUMNS = 16, 512  # positions of one target at a time, and columns
+_EQUAL, _ENTRY_COLUMNS = 32, 512  # positions of one target at a time, and columns
+_FACTORS = 1_024  # rows at a time
 _TINY = tl.constexpr(2.0**-60)  # agg.kernels.TINY
 
 
@@ -41,7 +42,7 @@ def _keys_of_targets(keys, fits, target, rare_ids, size, ignore_index, count, ga
 
 
 @triton.jit(do_not_specialize=["start", "stop", "count"])  # type: ignore[untyped-decorator]
-def _positions_of_keys(rows, here, valid, rare_count, keys, size, start, stop, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _positions_of_keys(rows, here, valid, ends, keys, size, start, stop, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0) * block + tl.arange(0, block)
     inside = place < count
     key = tl.load(keys + place, mask=inside, other=0)
@@ -52,11 +53,13 @@ def _positions_of_keys(rows, here, valid, rare_count, keys, size, start, stop, c
     tl.store(rows + place, tl.where(is_here, token - start, 0).to(tl.int64), mask=inside)
     tl.store(here + place, is_here, mask=inside)
     tl.store(valid + place, taken, mask=inside)
-    before = tl.load(keys + place - 1, mask=inside & (place > 0), other=0) < size
-    # One place of all says where the rare ones end.
-    tl.store(rare_count + place * 0, place.to(tl.int64), mask=inside & ~rare & before)
-    last = place == count - 1
-    tl.store(rare_count + place * 0, place.to(tl.int64) + 1, mask=inside & last & rare)
+    # One place of all says where the rare ones end, and one where those that are taken do.
+    before = tl.load(keys + place - 1, mask=inside & (place > 0), other=0)
+    tl.store(ends + place * 0, place.to(tl.int64), mask=inside & ~rare & (before < size))
+    tl.store(ends + 1 + place * 0, place.to(tl.int64), mask=inside & ~taken & (before < 2 * size))
+    last = inside & (place == count - 1)
+    tl.store(ends + place * 0, place.to(tl.int64) + 1, mask=last & rare)
+    tl.store(ends + 1 + place * 0, place.to(tl.int64) + 1, mask=last & taken)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -72,19 +75,18 @@ def _take_rows(out, hidden, order, valid, row_stride, column_stride, columns, bl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_hidden_gradient(  # type: ignore[no-untyped-def]
-    sums, product, scale, weight, order, rows, here, own, weight_stride, weight_column, columns, block: tl.constexpr
+    sums, product, scale, weight, order, rows, own, weight_stride, weight_column, columns, block: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     target = sums + tl.load(order + row) * columns
     own_row = weight + tl.load(rows + row) * weight_stride
-    is_here = tl.load(here + row) != 0
     of_product = tl.load(scale + row)
     of_own = tl.load(own + row)
     for first in range(0, columns, block):
         column = first + tl.arange(0, block)
         inside = column < columns
         x = tl.load(product + row * columns + column, mask=inside).to(tl.float32) * of_product
-        x += tl.load(own_row + column * weight_column, mask=inside & is_here, other=0.0).to(tl.float32) * of_own
+        x += tl.load(own_row + column * weight_column, mask=inside).to(tl.float32) * of_own
         tl.store(target + column, x, mask=inside)
 
 
@@ -102,6 +104,16 @@ def _scale_into(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, block)
         x = tl.load(sums + row * columns + column, mask=column < columns).to(tl.float32)
         tl.store(out + row * columns + column, (x * factor).to(out.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _row_factors(between, after, g1, g2, least, rows, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * block + tl.arange(0, block)
+    first = tl.load(g1 + row, mask=row < rows, other=1.0).to(tl.float32)
+    second = tl.load(g2 + row, mask=row < rows, other=1.0).to(tl.float32)
+    last = tl.where(second > 0, tl.maximum(first, least), first)
+    tl.store(after + row, last, mask=row < rows)
+    tl.store(between + row, tl.where(last > 0, second / tl.where(last > 0, last, 1.0), 1.0), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["begin", "size"])  # type: ignore[untyped-decorator]
@@ -184,17 +196,25 @@ def keys_of_targets(target: torch.Tensor, rare_ids: torch.Tensor | None, size: i
     return keys
 
 
-def positions_of_keys(
-    keys: torch.Tensor, shard: VocabShard
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rows, here, valid [N] and rare_count [] of :class:`agg.job.Positions`, from sorted keys, at least one."""
+def positions_of_keys(keys: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, ...]:
+    """All but ``order`` of :class:`agg.job.Positions`, from sorted keys, at least one."""
     rows = torch.empty(len(keys), dtype=torch.int64, device=keys.device)
     here, valid = torch.empty(2, len(keys), dtype=torch.bool, device=keys.device)
-    rare_count = torch.zeros((), dtype=torch.int64, device=keys.device)
-    given = (rows, here, valid, rare_count, keys, shard.vocab_size, shard.start, shard.stop, len(keys))
+    ends = torch.zeros(2, dtype=torch.int64, device=keys.device)
+    given = (rows, here, valid, ends, keys, shard.vocab_size, shard.start, shard.stop, len(keys))
     with on_device_of(keys):
         _positions_of_keys[(triton.cdiv(len(keys), _POSITIONS),)](*given, block=_POSITIONS)
-    return rows, here, valid, rare_count
+    return rows, here, valid, ends[0], ends[1]
+
+
+def row_factors(g1: torch.Tensor, g2: torch.Tensor, least: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`agg.sweep.row_factors`; float32."""
+    between, after = torch.empty(2, len(g1), dtype=torch.float32, device=g1.device)
+    with on_device_of(g1):
+        _row_factors[(triton.cdiv(len(g1), _FACTORS),)](
+            between, after, g1.contiguous(), g2.contiguous(), least, len(g1), block=_FACTORS
+        )
+    return between, after
 
 
 def take_rows(hidden: torch.Tensor, order: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -217,12 +237,9 @@ def add_hidden_gradient_(
 ) -> None:
     """See :func:`agg.kernels.add_hidden_gradient_`."""
     assert sums.is_contiguous() and product.is_contiguous() and scale.is_contiguous() and own.is_contiguous()
-    order, rows, here = positions.order, positions.rows, positions.here
-    columns = sums.shape[1]
+    given = (sums, product, scale, weight, positions.order, positions.rows, own, *weight.stride(), sums.shape[1])
     with on_device_of(sums):
-        _add_hidden_gradient[(len(order),)](
-            sums, product, scale, weight, order, rows, here, own, *weight.stride(), columns, block=_block(columns)
-        )
+        _add_hidden_gradient[(len(positions),)](*given, block=_block(sums.shape[1]))
 
 
 def scale_into(out: torch.Tensor, sums: torch.Tensor, of_rows: torch.Tensor | None, scale: torch.Tensor | None) -> None:
@@ -258,7 +275,7 @@ def add_entries_(
     if len(positions) and len(matrix):
         with on_device_of(matrix):
             _add_entries[(len(positions), triton.cdiv(columns, block))](
-                *given, len(positions), columns, gated=after is not None, equal=_EQUAL, block=block
+                *given, len(positions), columns, gated=after is not None, equal=_EQUAL, block=block, num_warps=8
             )
 
 

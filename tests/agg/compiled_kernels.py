@@ -78,7 +78,6 @@ HIDDEN = {
     "weight": "*bf16",
     "order": "*i64",
     "rows": "*i64",
-    "here": "*i1",
     "own": "*fp32",
     "weight_stride": "i32",
     "weight_column": "constexpr",
@@ -135,7 +134,7 @@ def main() -> None:
         "softmax of 50,257 columns": compiled(*softmax, odd=("rows", "columns")),
         "gate": compiled(triton_kernels._gate_at_turn, GATE, block, 4),
         "scale": compiled(triton_rows._scale_at_turn, SCALE, block, 4, odd=("programs",)),
-        "entries": compiled(triton_rows._add_entries, ENTRIES, entries, 4, odd=("count",)),
+        "entries": compiled(triton_rows._add_entries, ENTRIES, entries, 8, odd=("count",)),
         "hidden": compiled(triton_rows._add_hidden_gradient, HIDDEN, {"weight_column": 1, **block}, 4),
         "rounded": compiled(triton_rows._scale_into, ROUNDED, {"has_rows": 1, "has_scale": 1, **block}, 4),
     }

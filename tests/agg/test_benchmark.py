@@ -21,7 +21,7 @@ from agg import (
     reference_gated_cross_entropy,
 )
 from agg.benchmark_counting import counting_calls
-from agg.benchmark_measure import median_interval, time_interleaved
+from agg.benchmark_measure import BusyDevice, median_interval, time_interleaved
 from agg.benchmark_sides import OURS
 from tests.distributed import run_ranks
 
@@ -215,6 +215,54 @@ def test_no_side_always_follows_the_same_other(monkeypatch):
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     follows = {pair for names in rounds for pair in itertools.pairwise(names)}
     assert follows == set(itertools.permutations("abc", 2))
+
+
+class FakeGpu:
+    """Its queue empties after so many cycles of sleep; what is launched takes 3 ms."""
+
+    def __init__(self, needed: int) -> None:
+        self.needed, self.slept = needed, []
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "_sleep", self.slept.append)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                assert gpu.slept  # something to do comes first
+
+            def query(self):
+                return gpu.slept[-1] < gpu.needed
+
+            def elapsed_time(self, end):
+                return 3.0
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+@pytest.mark.parametrize(("needed", "sleeps"), [(0, [2, 2]), (5, [2, 8, 8]), (1000, [2, 8, 32, 32])])
+def test_a_gpu_is_kept_busy_until_the_call_is_launched(monkeypatch, needed, sleeps):
+    """And what was enough is kept; a call that is never launched in time is timed in the end."""
+    gpu, calls = FakeGpu(needed * 10**7), []
+    gpu.install(monkeypatch)
+    device = BusyDevice()
+    assert [device.seconds(lambda: calls.append(1)) for _ in range(2)] == [0.003] * 2
+    assert [cycles / 10**7 for cycles in gpu.slept] == sleeps and len(calls) == len(sleeps)
+
+
+def test_both_times_of_a_gpu_are_told():
+    result = {**small_result(), "device": "cuda"}
+    seconds = {name: side["seconds"] for name, side in result["sides"].items()}
+    idle = {name: [2 * second for second in times] for name, times in seconds.items()}
+    result["sides"] = {name: benchmark._figures(seconds, name, {}, None, idle) for name in seconds}
+    assert result["sides"]["gated"]["from_idle"]["median_seconds"] == 2.04
+    first, heads, gated, *_ = benchmark.table(result).splitlines()
+    assert "from idle to idle" in first and heads.endswith("from idle") and gated.endswith("2,040.00 ms")
+    assert "from idle" not in benchmark.table(small_result())
 
 
 def test_counting_leaves_the_window_full():

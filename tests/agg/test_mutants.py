@@ -5,6 +5,8 @@ A mutant replaces one function inside ``agg``; :func:`differs` is the check of t
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from tests.distributed import run_ranks
 sweep_run = module.Sweep.run
 row_factors = module.row_factors
 add_entries = module.kernels.add_entries_
-own_entries = module.Sweep._own_entries
+complete_rows = module.Sweep._complete_rows
 softmax_rows = module.kernels.softmax_rows_
 softmax_over_shards = module.softmax_over_shards_
 
@@ -78,11 +80,11 @@ def swapped_gates(gates, dtype):
     return row_factors(Gates(gates.rare, gates.g2, gates.g1), dtype)
 
 
-def no_exemption(sweep, first, end):
-    gates, chunk = sweep.job.gates, sweep.positions.part(first, end)
-    rare = sweep.positions.is_rare()[first:end]
-    gate = torch.where(rare, gates.g2[chunk.rows], gates.g1[chunk.rows])
-    return own_entries(sweep, first, end) - sweep._terms[3, first:end] * (1 - gate) * sweep._scale[first:end]
+def no_exemption(sweep):
+    gates, positions = sweep.job.gates, sweep.positions
+    gate = torch.where(positions.is_rare(), gates.g2[positions.rows], gates.g1[positions.rows])
+    sweep._terms[4] -= (1 - gate) * torch.exp(-sweep._terms[0]) * sweep._scale  # of P at the target
+    return complete_rows(sweep)
 
 
 def gated_target_entry(matrix, after, *rest):
@@ -98,9 +100,7 @@ def targets_left_in(logits, target, here, sum_dtype):
 
 
 def unnormalised(*arguments):
-    p = softmax_over_shards(*arguments)
-    arguments[-1][2] *= 1.01
-    return p * 1.01
+    return softmax_over_shards(*arguments).mul_(1.01)
 
 
 MUTANTS = {
@@ -111,7 +111,7 @@ MUTANTS = {
     "not gated": (module, "row_factors", no_factors, "dW"),
     "g1 for both classes": (module, "row_factors", g1_for_both, "dW"),
     "g1 and g2 swapped": (module, "row_factors", swapped_gates, "dW"),
-    "target not exempt": (module.Sweep, "_own_entries", no_exemption, "dW"),
+    "target not exempt": (module.Sweep, "_complete_rows", no_exemption, "dW"),
     "no target entry": (module.kernels, "add_entries_", lambda matrix, after, *_: after, "dW"),
     "target entry not divided by its row's factor": (module.kernels, "add_entries_", gated_target_entry, "dW"),
     "targets counted twice": (module.kernels, "softmax_rows_", targets_left_in, "dW"),
@@ -146,12 +146,12 @@ def split_answer(rank: int, world_size: int, mutant: str | None):
         VocabShard.check_whole = lambda self: None  # which refuses it
         shard = VocabShard(shard.start + 1, shard.stop + 1, shard.vocab_size, shard.group)
     if mutant == "dH not reduced":
-        reduce = module.VocabShard.all_reduce  # classes of positions are integers, and stay reduced
-        module.VocabShard.all_reduce = lambda self, t, *op: t if t.is_floating_point() else reduce(self, t, *op)
+        reduce = VocabShard.all_reduce  # classes of positions are integers, and stay reduced
+        VocabShard.all_reduce = lambda self, t, *op: t if t.is_floating_point() else reduce(self, t, *op)
     if mutant == "norm of this rank alone":
         alone = VocabShard(shard.start, shard.stop, shard.vocab_size)
-        module.softmax_over_shards_ = lambda logits, rows, here, shard, terms: softmax_over_shards(
-            logits, rows, here, alone, terms
+        module.softmax_over_shards_ = lambda logits, chunk, job, *rest: softmax_over_shards(
+            logits, chunk, dataclasses.replace(job, shard=alone), *rest
         )
     hidden, weight = problem.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard)
