@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 # Columns that one program of the softmax holds. It reads a row twice: with so many warps one program fills a
 # multiprocessor of an H100, and the rows under way (132 x 256 KiB at V 128k) stay in the L2 cache in between.
 _SOFTMAX_COLUMNS = 32_768
-_COLUMNS = 4_096  # of the others
+_COLUMNS = 4_096  # of its rest
+_GATED_COLUMNS = 16_384  # few rows are gated at once, so that each has to have much under way
 _ROWS = 256  # of a program that takes several
 
 
@@ -174,6 +175,7 @@ def over_shards_(
 def gate_at_turn_(p: torch.Tensor, gate: torch.Tensor, rare_count: torch.Tensor, first: int) -> None:
     """See :func:`agg.kernels.gate_at_turn_`. Programs of the other rows return at once."""
     assert p.stride(1) == 1
-    block = min(_COLUMNS, int(triton.next_power_of_2(p.shape[1])))
+    block = min(_GATED_COLUMNS, int(triton.next_power_of_2(p.shape[1])))
+    given = (p, gate.float(), rare_count, first, len(p), p.stride(0), p.shape[1])
     with on_device_of(p):
-        _gate_at_turn[(len(p),)](p, gate.float(), rare_count, first, len(p), p.stride(0), p.shape[1], block=block)
+        _gate_at_turn[(len(p),)](*given, block=block, num_warps=max(4, block // 1024))
