@@ -5,9 +5,11 @@ Call :func:`quiet_third_party` before importing DeepSpeed or megatron-core.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 
 def quiet_third_party() -> None:
@@ -30,3 +32,10 @@ def quiet_third_party() -> None:
     import deepspeed.utils.logging
 
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def without_prints() -> Iterator[None]:
+    """What a library prints on its way goes nowhere; its warnings and errors stay."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -23,6 +23,7 @@ from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import load_portable, seed_of_resume
 from pretrain.console import say
 from pretrain.errors import CheckpointError, DamagedCheckpoint
+from pretrain.quiet import without_prints
 from pretrain.randomness import seed_everything
 from pretrain.topology import Topology
 
@@ -130,7 +131,7 @@ def load_checkpoint(
         load_rank_state(portable.rank_states())
         seed_everything(seed_of_resume(seed, topology.data_parallel_rank, progress.consumed_samples))
         return progress
-    with _own_options(engine):
+    with _own_options(engine), without_prints():
         engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
     state = torch.load(checkpoint / rank_file(topology.rank), map_location="cpu", weights_only=False)
     load_rank_state(state["rank_state"])

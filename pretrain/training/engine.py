@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from pretrain.errors import NonFiniteError
 from pretrain.model.gpt import CausalLanguageModel
+from pretrain.quiet import without_prints
 from pretrain.recipe import OptimizerRecipe
 from pretrain.topology import Topology
 from pretrain.training.deepspeed_config import zero_stage
@@ -40,9 +41,10 @@ def build_engine(
         betas=optimizer.betas,
         eps=optimizer.epsilon,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=base, config=config, mpu=DeepSpeedGroups(), dist_init_required=False
-    )
+    with without_prints():  # its wrapper around bf16 tells of memory
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=base, config=config, mpu=DeepSpeedGroups(), dist_init_required=False
+        )
     if zero_stage(config) == 0:
         for state in base.state.values():  # of that step on zero gradients
             state["step"].zero_()
