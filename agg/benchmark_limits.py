@@ -29,6 +29,7 @@ LOGITS_COPIES = {
     "megatron-core vocab-parallel": 2,
     "paper's form": 6,
 }
+BUSY_SECONDS = 0.02  # most sides need the least, some many times that
 MEAN_SIDE = 2.5  # calls of three matmuls that a side takes, the mean of those measured on a CPU at D 256
 
 
@@ -110,11 +111,15 @@ def beyond_time(case: Case, sides: int, rounds: int, limit_seconds: float | None
     """Why a size is not to be run, if it would take more than ``limit_seconds``.
 
     Its time is estimated as that of the three matmuls, times ``MEAN_SIDE`` for each call of each side (one in each
-    round, to warm up, in the check and for memory), plus 6 for the dense answer and its budget.
+    round, to warm up, in the check and for memory; on a GPU the rounds and the first of them twice, and each once
+    behind ``BUSY_SECONDS`` of other work), plus 6 for the dense answer and its budget.
     """
     if limit_seconds is None:
         return None
-    estimate = matmul_seconds(case) * (MEAN_SIDE * sides * (rounds + 3) + 6)
+    timed, busy = rounds + 1, 0.0
+    if case.hidden.device.type == "cuda":
+        timed, busy = 2 * timed, sides * timed * BUSY_SECONDS
+    estimate = matmul_seconds(case) * (MEAN_SIDE * sides * (timed + 2) + 6) + busy
     if estimate <= limit_seconds:
         return None
     return f"would take about {estimate:,.0f} s, the limit is {limit_seconds:,.0f} s"

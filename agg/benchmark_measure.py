@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from agg.benchmark_limits import synchronize
 from agg.benchmark_sides import Case, Side, bare_matmuls, run_side
+from agg.vocab_shard import VocabShard
 
 CONFIDENCE = 0.95
 FEWEST_CYCLES, MOST_CYCLES = 2 * 10**7, 32 * 10**7  # that a GPU is kept busy for: 10 to 160 ms
@@ -76,7 +77,7 @@ def time_interleaved(
     calls |= {"three matmuls": bare_matmuls(case), **(others or {})}
     names, seconds = list(calls), {name: list[float]() for name in calls}
     on_gpu = case.hidden.device.type == "cuda" and not from_idle
-    clocks = {name: BusyDevice().seconds if on_gpu else partial(_clock, case) for name in names}
+    clocks = {name: BusyDevice(case.shard).seconds if on_gpu else partial(_clock, case) for name in names}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(names, len(names)):
             _touch_free_memory(case, memory.get(name) if name in sides else None)
@@ -101,10 +102,13 @@ class BusyDevice:
 
     Else small sizes would tell how fast Python is. How long that has to be is found by trying, up to ``MOST_CYCLES``:
     a call that waits for the GPU, or launches more than fits into its queue, is timed with the gaps that it leaves.
+
+    Args:
+        shard: its tensor-parallel ranks, which all time the same call, try again together.
     """
 
-    def __init__(self) -> None:
-        self._cycles = FEWEST_CYCLES
+    def __init__(self, shard: VocabShard) -> None:
+        self._shard, self._cycles = shard, FEWEST_CYCLES
 
     def seconds(self, call: Callable[[], Any]) -> float:
         while True:
@@ -113,12 +117,18 @@ class BusyDevice:
             begin.record()
             call()
             end.record()
-            was_busy = not begin.query()
-            torch.cuda.synchronize()
+            was_busy = self._on_all_ranks(not begin.query())
             if was_busy or self._cycles >= MOST_CYCLES:
                 taken: float = begin.elapsed_time(end) / 1e3
                 return taken
             self._cycles *= 4
+
+    def _on_all_ranks(self, truth: bool) -> bool:
+        torch.cuda.synchronize()
+        if self._shard.world_size == 1:
+            return truth
+        told = torch.tensor(int(truth), device=torch.cuda.current_device())
+        return bool(self._shard.all_reduce(told, op=dist.ReduceOp.MIN))
 
 
 def _touch_free_memory(case: Case, extra_bytes: int | None) -> None:

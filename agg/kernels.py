@@ -125,7 +125,7 @@ def over_shards_(
     torch.stack(of_chunk, out=terms)
 
 
-def add_hidden_gradient_(
+def put_hidden_gradient_(
     sums: torch.Tensor,
     product: torch.Tensor,
     scale: torch.Tensor,
@@ -140,7 +140,7 @@ def add_hidden_gradient_(
     """
     triton = triton_for(sums)
     if triton is not None:
-        triton.add_hidden_gradient_(sums, product, scale, weight, positions, own)
+        triton.put_hidden_gradient_(sums, product, scale, weight, positions, own)
         return
     part = product.to(sums.dtype).mul_(scale[:, None])
     part += weight[positions.rows].to(sums.dtype) * own[:, None]
@@ -153,7 +153,7 @@ def scaled_rows(hidden: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     if triton is None:
         return (hidden.to(scale.dtype) * scale[:, None]).to(hidden.dtype)
     out = torch.empty_like(hidden)
-    triton.scale_into(out, hidden, scale, None)
+    triton.scale_into(out, hidden, None, scale)
     return out
 
 
@@ -161,7 +161,7 @@ def scale_into(out: torch.Tensor, sums: torch.Tensor, scale: torch.Tensor, of_ro
     """``out = sums * scale``, and times ``of_rows`` [rows], if given; scale is []. ``out`` may be ``sums``."""
     triton = triton_for(sums)
     if triton is not None:
-        triton.scale_into(out, sums, of_rows, scale)
+        triton.scale_into(out, sums, scale, of_rows)
     else:
         torch.mul(sums, scale if of_rows is None else (of_rows * scale)[:, None], out=out)
 

@@ -108,7 +108,7 @@ class Sweep:
         p = self._projection.put(p)
         if self._hidden_sum is not None:
             product = self._projection.times_weight(len(hidden), self.sum_dtype)
-            kernels.add_hidden_gradient_(self._hidden_sum, product, p_scale, self.real, chunk, own)
+            kernels.put_hidden_gradient_(self._hidden_sum, product, p_scale, self.real, chunk, own)
         if self._weight_sum is not None:
             total = self._weight_sum[: len(self.real)]
             scaled = hidden if self._p_counts_once() else kernels.scaled_rows(hidden, p_scale)

@@ -13,10 +13,10 @@ import triton.language as tl
 
 from agg.triton_rows import (
     add_entries_,
-    add_hidden_gradient_,
     keys_of_targets,
     on_device_of,
     positions_of_keys,
+    put_hidden_gradient_,
     row_factors,
     scale_at_turn_,
     scale_into,
@@ -25,11 +25,11 @@ from agg.triton_rows import (
 
 __all__ = [
     "add_entries_",
-    "add_hidden_gradient_",
     "gate_at_turn_",
     "keys_of_targets",
     "over_shards_",
     "positions_of_keys",
+    "put_hidden_gradient_",
     "row_factors",
     "scale_at_turn_",
     "scale_into",

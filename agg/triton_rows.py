@@ -69,12 +69,12 @@ def _take_rows(out, hidden, order, valid, row_stride, column_stride, columns, bl
     taken = tl.load(valid + row) != 0
     for first in range(0, columns, block):
         column = first + tl.arange(0, block)
-        x = tl.load(source + column * column_stride, mask=(column < columns) & taken, other=0.0)
+        x = tl.load(source + column.to(tl.int64) * column_stride, mask=(column < columns) & taken, other=0.0)
         tl.store(out + row * columns + column, x, mask=column < columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_hidden_gradient(  # type: ignore[no-untyped-def]
+def _put_hidden_gradient(  # type: ignore[no-untyped-def]
     sums, product, scale, weight, order, rows, own, weight_stride, weight_column, columns, block: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -86,7 +86,7 @@ def _add_hidden_gradient(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, block)
         inside = column < columns
         x = tl.load(product + row * columns + column, mask=inside).to(tl.float32) * of_product
-        x += tl.load(own_row + column * weight_column, mask=inside).to(tl.float32) * of_own
+        x += tl.load(own_row + column.to(tl.int64) * weight_column, mask=inside).to(tl.float32) * of_own
         tl.store(target + column, x, mask=inside)
 
 
@@ -164,7 +164,8 @@ def _add_entries(  # type: ignore[no-untyped-def]
         same = same & (tl.load(rows + place, mask=same, other=-1) == row)
         source = hidden + tl.load(order + place, mask=same, other=0)[:, None] * row_stride
         inside = same[:, None] & (column < columns)[None, :]
-        entry = tl.load(source + column[None, :] * column_stride, mask=inside, other=0.0).to(tl.float32)
+        place_of_column = column.to(tl.int64)[None, :] * column_stride
+        entry = tl.load(source + place_of_column, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(entry * tl.load(coefficient + place, mask=same, other=0.0)[:, None], 0)
         goes_on = tl.min(same.to(tl.int32), 0) == 1
         first += equal
@@ -183,7 +184,7 @@ def keys_of_targets(target: torch.Tensor, rare_ids: torch.Tensor | None, size: i
     Raises:
         RuntimeError: on a GPU, where it may end the process, for a target outside the vocabulary of ``size``.
     """
-    target = target.contiguous()
+    target, rare_ids = target.contiguous(), rare_ids if rare_ids is None else rare_ids.contiguous()
     keys = torch.empty(len(target), dtype=torch.int32, device=target.device)
     fits = torch.ones((), dtype=torch.bool, device=target.device)
     given = (keys, fits, target, rare_ids, size, ignore_index, len(target))
@@ -227,7 +228,7 @@ def take_rows(hidden: torch.Tensor, order: torch.Tensor, valid: torch.Tensor) ->
     return out
 
 
-def add_hidden_gradient_(
+def put_hidden_gradient_(
     sums: torch.Tensor,
     product: torch.Tensor,
     scale: torch.Tensor,
@@ -235,14 +236,14 @@ def add_hidden_gradient_(
     positions: Positions,
     own: torch.Tensor,
 ) -> None:
-    """See :func:`agg.kernels.add_hidden_gradient_`."""
+    """See :func:`agg.kernels.put_hidden_gradient_`."""
     assert sums.is_contiguous() and product.is_contiguous() and scale.is_contiguous() and own.is_contiguous()
     given = (sums, product, scale, weight, positions.order, positions.rows, own, *weight.stride(), sums.shape[1])
     with on_device_of(sums):
-        _add_hidden_gradient[(len(positions),)](*given, block=_block(sums.shape[1]))
+        _put_hidden_gradient[(len(positions),)](*given, block=_block(sums.shape[1]))
 
 
-def scale_into(out: torch.Tensor, sums: torch.Tensor, of_rows: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+def scale_into(out: torch.Tensor, sums: torch.Tensor, scale: torch.Tensor | None, of_rows: torch.Tensor | None) -> None:
     """``out = sums * of_rows[:, None] * scale``, without what is None."""
     assert out.is_contiguous() and sums.is_contiguous()
     has = {"has_rows": of_rows is not None, "has_scale": scale is not None}

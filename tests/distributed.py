@@ -1,6 +1,6 @@
 """The one harness for tests on several ranks: forked processes, gloo, a file as rendezvous.
 
-Two ranks start in about 0.1 s. A process that has touched CUDA can't be forked: it starts them anew, in seconds.
+Two ranks start in about 0.1 s, and inherit what a test has patched. A process that has touched CUDA can't be forked.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0, method: str = "fork"
+) -> list[Any]:
     """Call ``function(rank, world_size, *args)`` on every rank and return what each returned.
 
+    With ``method="spawn"`` they begin as new processes, which inherit nothing.
     A rank that raises fails the test with its traceback; a rank that hangs is killed after ``timeout_s``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = start_ranks(function, world_size, folder, *args)
+        processes = start_ranks(function, world_size, folder, *args, method=method)
         for process in processes:
             process.join(timeout_s)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -43,9 +46,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [outcomes[rank][1] for rank in range(world_size)]
 
 
-def start_ranks(function: Callable[..., Any], world_size: int, folder: str, *args: Any) -> list[Any]:
+def start_ranks(
+    function: Callable[..., Any], world_size: int, folder: str, *args: Any, method: str = "fork"
+) -> list[Any]:
     """The ranks of :func:`run_ranks` as processes, for tests that kill them; ``folder`` takes what they return."""
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    context = multiprocessing.get_context(method)
     processes = [
         context.Process(target=_rank, args=(function, rank, world_size, folder, args), daemon=True)
         for rank in range(world_size)

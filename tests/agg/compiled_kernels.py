@@ -94,6 +94,16 @@ ROUNDED = {
     "has_scale": "constexpr",
     "block": "constexpr",
 }
+# Kernels that only have to compile: what they are given, integers and what is known then.
+OTHERS = {
+    "_keys_of_targets": ("keys:*i32 fits:*i1 target:*i64 rare_ids:*i1", {"gated": 1, "block": 256}),
+    "_positions_of_keys": ("rows:*i64 here:*i1 valid:*i1 ends:*i64 keys:*i32", {"block": 256}),
+    "_take_rows": ("out:*bf16 hidden:*bf16 order:*i64 valid:*i1", {"column_stride": 1, "block": 4096}),
+    "_row_factors": ("between:*fp32 after:*fp32 g1:*fp32 g2:*fp32 least:fp32", {"block": 1024}),
+    "_over_shards": (
+        "terms:*fp32 of_ranks:*fp32 here:*i1 valid:*i1 scale:*fp32 alone:fp32 z_loss:fp32", {"block": 256}
+    ),
+}  # fmt: skip
 
 
 def compiled(
@@ -135,9 +145,14 @@ def main() -> None:
         "gate": compiled(triton_kernels._gate_at_turn, GATE, {"block": triton_kernels._GATED_COLUMNS}, 16),
         "scale": compiled(triton_rows._scale_at_turn, SCALE, block, 4, odd=("programs",)),
         "entries": compiled(triton_rows._add_entries, ENTRIES, entries, 8, odd=("count",)),
-        "hidden": compiled(triton_rows._add_hidden_gradient, HIDDEN, {"weight_column": 1, **block}, 4),
+        "hidden": compiled(triton_rows._put_hidden_gradient, HIDDEN, {"weight_column": 1, **block}, 4),
         "rounded": compiled(triton_rows._scale_into, ROUNDED, {"has_rows": 1, "has_scale": 1, **block}, 4),
     }
+    for name, (told, sizes) in OTHERS.items():
+        kernel = getattr(triton_rows, name, None) or getattr(triton_kernels, name)
+        kinds = dict(argument.split(":") for argument in told.split())
+        signature = {key: "constexpr" if key in sizes else kinds.get(key, "i32") for key in kernel.arg_names}
+        made[name] = compiled(kernel, signature, sizes, 4, odd=tuple(signature))
     json.dump(made, sys.stdout)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from agg import AdaptiveGradientGating, Gates, gated_linear_cross_entropy
-from tests.agg.problems import Problem, dense_answer, make_problem, rounded, transposed, weigh, well_predicted
+from tests.agg.problems import Problem, make_problem, rounded, transposed, weigh, well_predicted
+from tests.agg.test_logit_options import dense
 from tests.distributed import run_ranks
 from tests.invariance.agg_layouts import OPTIONS as STEP_OPTIONS
 from tests.invariance.agg_layouts import errors, papers_answer, part_of_step, wrong
@@ -25,7 +26,9 @@ Answer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, dH, dW
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"chunk_tokens": 61},
     {"chunk_tokens": 61, "reduction": "none", "label_smoothing": 0.1},
-    {"reduction": "sum"},
+    {"reduction": "sum", "z_loss": 0.01},
+    {"soft_cap": 20.0},
+    {"gated": False},
 )
 
 
@@ -33,13 +36,19 @@ KINDS = ((torch.float32, torch.clone), (torch.bfloat16, transposed), (torch.floa
 
 
 def answer(
-    problem: Problem, device: str, dtype: torch.dtype, laid_out: Callable[[torch.Tensor], torch.Tensor], **options: Any
+    problem: Problem,
+    device: str,
+    dtype: torch.dtype,
+    laid_out: Callable[[torch.Tensor], torch.Tensor],
+    gated: bool = True,
+    **options: Any,
 ) -> Answer:
     hidden = laid_out(problem.hidden.to(device, dtype)).detach().requires_grad_()
     weight = laid_out(problem.weight.to(device, dtype)).detach().requires_grad_()
     gates = Gates(*(getattr(problem.gates, name).to(device) for name in ("rare", "g1", "g2", "rare_ids")))
     shard = problem.shard(0, 1)
-    loss = gated_linear_cross_entropy(hidden, weight, problem.target.to(device), gates, shard, **options)
+    given = (hidden, weight, problem.target.to(device), gates if gated else None, shard)
+    loss = gated_linear_cross_entropy(*given, **options)
     weigh(loss).backward()
     assert hidden.grad is not None and weight.grad is not None
     return loss.detach().cpu(), hidden.grad.cpu(), weight.grad.cpu()
@@ -56,7 +65,7 @@ def check_loss(device: str) -> str:
             inputs = rounded(problem, dtype)
             masked = dataclasses.replace(inputs, hidden=inputs.hidden.clone())
             masked.hidden[problem.target == -100] = torch.nan  # takes no part
-            exact = dense_answer(inputs, **{key: value for key, value in options.items() if key != "chunk_tokens"})
+            exact = dense(inputs, **{"gated": True, **options, "chunk_tokens": None})
             mine = answer(masked, device, dtype, laid_out, **options)
             plain = answer(inputs, "cpu", dtype, torch.clone, **options)
             for name, got, reference, truth in zip(("loss", "dH", "dW"), mine, plain, exact, strict=True):
@@ -130,7 +139,8 @@ def check_ranks(device: str) -> str:
     plain = errors(papers_answer(dtype=torch.float32), exact)
     budget = {name: 1.5 * error + torch.finfo(torch.float32).eps for name, error in plain.items()}
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, budget)):
-        parts = run_ranks(part_of_step, 4, 2, 2, (5, 1, 2), dtype, STEP_OPTIONS, device)
+        step = (2, 2, (5, 1, 2), dtype, STEP_OPTIONS, device)
+        parts = run_ranks(part_of_step, 4, *step, method="fork" if device == "cpu" else "spawn")
         assert (off := wrong(parts, exact, tolerance)) == set(), f"{dtype}: {', '.join(off)}"
     return "2 x 2 ranks equal one process"
 

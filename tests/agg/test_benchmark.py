@@ -249,9 +249,29 @@ def test_a_gpu_is_kept_busy_until_the_call_is_launched(monkeypatch, needed, slee
     """And what was enough is kept; a call that is never launched in time is timed in the end."""
     gpu, calls = FakeGpu(needed * 10**7), []
     gpu.install(monkeypatch)
-    device = BusyDevice()
+    device = BusyDevice(VocabShard(0, 5, 5))
     assert [device.seconds(lambda: calls.append(1)) for _ in range(2)] == [0.003] * 2
     assert [cycles / 10**7 for cycles in gpu.slept] == sleeps and len(calls) == len(sleeps)
+
+
+def busy_rank(rank, world_size):
+    """Rank 1 launches later than rank 0, and both make a collective in the call."""
+    gpu, calls = FakeGpu((1 + 20 * rank) * 10**7), []
+    with pytest.MonkeyPatch.context() as patch:
+        gpu.install(patch)
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        device = BusyDevice(VocabShard.of_rank(512, rank, world_size, dist.group.WORLD))
+
+        def call():
+            calls.append(1)
+            dist.all_reduce(torch.ones(3))
+
+        return [device.seconds(call) for _ in range(2)], gpu.slept, len(calls)
+
+
+def test_ranks_keep_their_gpus_busy_as_long():
+    first, second = run_ranks(busy_rank, 2)
+    assert first == second == ([0.003] * 2, [2 * 10**7, 8 * 10**7, 32 * 10**7, 32 * 10**7], 4)
 
 
 def test_both_times_of_a_gpu_are_told():

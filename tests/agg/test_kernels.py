@@ -11,10 +11,12 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from agg import (
     AdaptiveGradientGating,
+    Gates,
     LossProbe,
     TokenFrequency,
     VocabShard,
@@ -27,6 +29,7 @@ from agg import (
 )
 from agg.job import Job
 from agg.projection import Projection
+from agg.triton_rows import _EQUAL as EQUAL
 from tests.agg import on_device as device_checks
 from tests.agg.problems import dense_answer, make_problem, transposed, weigh
 from tests.distributed import run_ranks
@@ -186,32 +189,72 @@ def test_the_path_of_a_gpu_with_triton(with_triton, dtype, laid_out, options):
         assert error <= 1.2 * budget + torch.finfo(dtype).eps
 
 
-def split_answer(rank: int, world_size: int, options: dict):
+def split_answer(rank: int, world_size: int, options: dict, multiple_of: int):
     """Loss, dH and the rows of dW of this rank."""
     problem = make_problem(ignored=0.3)
-    shard = problem.shard(rank, world_size, dist.group.WORLD)
-    weight, gates = problem.local(shard)
-    hidden, weight = (x.float().requires_grad_() for x in (problem.hidden, weight))
-    gates = dataclasses.replace(gates, rare_ids=problem.gates.rare)
+    shard = VocabShard.of_rank(507, rank, world_size, dist.group.WORLD, multiple_of)
+    rows, more = slice(shard.start, shard.stop), world_size * len(shard) - len(problem.weight)
+    rare = F.pad(problem.gates.rare, (0, more))
+    g1, g2 = (F.pad(gate, (0, more), value=1.0)[rows] for gate in (problem.gates.g1, problem.gates.g2))
+    weight = F.pad(problem.weight, (0, 0, 0, more))[rows].float().requires_grad_()
+    hidden, gates = problem.hidden.float().requires_grad_(), Gates(rare[rows], g1, g2, rare)
     loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=7, **options)
     weigh(loss).backward()
     return loss.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+@pytest.mark.parametrize(("tensor_parallel", "multiple_of"), [(1, 128), (2, 128), (4, 128), (4, 1024)])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.03, "reduction": "none"}, {"label_smoothing": 0.1}])
-def test_the_path_of_a_gpu_on_tensor_parallel_ranks(with_triton, tensor_parallel, options):
-    """Error budget: twice that of the path of the CPU on one process in float32, and 1 eps."""
-    parts = run_ranks(split_answer, tensor_parallel, options)
-    whole = (parts[0][0], parts[0][1], torch.cat([grad for *_, grad in parts]))
+def test_the_path_of_a_gpu_on_tensor_parallel_ranks(with_triton, tensor_parallel, multiple_of, options):
+    """In the last layout two ranks hold nothing but padding."""
+    parts = run_ranks(split_answer, tensor_parallel, options, multiple_of)
+    whole = (parts[0][0], parts[0][1], torch.cat([grad for *_, grad in parts])[:512])
     assert all(torch.equal(part[0], whole[0]) for part in parts)
     with pytest.MonkeyPatch.context() as patch:
         as_on_a_cpu(patch)
         problem = make_problem(ignored=0.3)
         plain, exact = answer(problem, torch.float32, **options), answer(problem, torch.float64, **options)
-    for one, reference, truth in zip(whole, plain, exact, strict=True):
-        error, budget = ((x.double() - truth).abs().max() / truth.abs().max() for x in (one, reference))
-        assert error <= 2 * budget + torch.finfo(torch.float32).eps
+    assert_within(whole, plain, exact)
+
+
+def assert_within(got, plain, exact) -> None:
+    """Twice the error of ``plain`` and 1 eps of float32, as shares of the largest entry."""
+    for one, reference, truth in zip(got, plain, exact, strict=True):
+        assert one.shape == truth.shape
+        if truth.numel():
+            error, budget = ((x.double() - truth).abs().max() for x in (one, reference))
+            assert error <= 2 * budget + torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("edge", ["no tokens", "all ignored", "an id is ignored", "strided"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "reduction": "sum"}])
+def test_edges_of_the_path_of_a_gpu(with_triton, edge, options):
+    """What ignored positions hold is NaN."""
+    problem = make_problem(tokens=0 if edge == "no tokens" else 96, ignored=1.0 if edge == "all ignored" else 0.3)
+    if edge == "an id is ignored":
+        problem.target[problem.target == -100] = 3
+        options = {**options, "ignore_index": 3}
+    wide = torch.stack([problem.gates.rare, ~problem.gates.rare], 1)
+    gates = dataclasses.replace(problem.gates, rare_ids=wide[:, 0] if edge == "strided" else problem.gates.rare)
+    problem = dataclasses.replace(problem, gates=gates)
+    masked = dataclasses.replace(problem, hidden=problem.hidden.clone())
+    masked.hidden[problem.target == options.get("ignore_index", -100)] = torch.nan
+    got = answer(masked, torch.float32, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_a_cpu(patch)
+        plain, exact = answer(problem, torch.float32, **options), answer(problem, torch.float64, **options)
+    assert_within(got, plain, exact)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_on_the_path_of_a_gpu(with_triton, reduction):
+    problem = make_problem()
+    hidden, weight = problem.hidden.float().requires_grad_(), problem.weight.float().requires_grad_()
+    given = (hidden, weight, problem.target, problem.gates, problem.shard(0, 1))
+    loss = weigh(gated_linear_cross_entropy(*given, reduction=reduction))
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -244,7 +287,7 @@ def test_a_target_outside_the_vocabulary_is_asserted(request, outside, gated, pa
         gated_linear_cross_entropy(problem.hidden, problem.weight, problem.target, gates, problem.shard(0, 1))
 
 
-@pytest.mark.parametrize("repeated", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("repeated", [1, EQUAL - 1, EQUAL, EQUAL + 1, 2 * EQUAL + 1])
 @pytest.mark.parametrize("gated", [True, False])
 def test_entries_of_one_target_are_added_together(with_triton, repeated, gated):
     """Also if one turn of the kernel does not take them all. Error budget: twice that of torch in float32."""

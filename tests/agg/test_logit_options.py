@@ -22,7 +22,9 @@ OPTIONS = [
 ]
 
 
-def dense(problem: Problem, gated: bool, reduction="mean", z_loss=0.0, soft_cap=0.0, label_smoothing=0.0):
+def dense(
+    problem: Problem, gated: bool, reduction="mean", z_loss=0.0, soft_cap=0.0, label_smoothing=0.0, chunk_tokens=None
+):
     """Loss, dH, dW: the gradient by the logits from autograd, then gates as factors of its entries."""
     weight = problem.weight[: problem.vocab_size]
     logits = (problem.hidden @ weight.T).requires_grad_()
