@@ -33,7 +33,7 @@ from agg.vocab_shard import VocabShard
 # Where no chunk_tokens are given: PERFORMANCE.md, "Chunk size".
 CACHED_LOGITS = 2**22  # on a CPU, of one chunk: 16 MiB in float32
 CACHED_TOKENS, CPU_TOKENS = 512, 1024  # measured
-GPU_LOGITS, GPU_TOKENS, FEWEST_GPU_TOKENS = 2**28, 4096, 256  # 512 MiB in bfloat16; from arithmetic
+GPU_LOGITS, GPU_TOKENS, FEWEST_GPU_TOKENS = 2**28, 4096, 256  # 512 MiB in bfloat16
 
 
 def gated_linear_cross_entropy(
