@@ -1,7 +1,7 @@
 """The element-wise work of a loss call: Triton on a GPU, torch elsewhere, the same maths.
 
-Counts and conditions stay tensors, so that a GPU never waits for the host, and each function is one launch there: at
-10 to 20 us each they would take longer than the matmuls of a small model.
+Counts and conditions stay tensors, so that a GPU never waits for the host, and each function is one launch there: many
+small ones, at tens of us of the host each, would take longer than the matmuls of a small model.
 
 Letters: N positions of a call, C of a chunk of them, D hidden size, V_local rows of this rank's vocabulary shard.
 """

@@ -119,22 +119,28 @@ def _over_shards(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["begin", "size"])  # type: ignore[untyped-decorator]
-def _gate_at_turn(p, gate, rare_count, begin, size, stride, columns, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate_at_turn(p, gate, rare_count, begin, size, stride, columns, block: tl.constexpr, rest: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
+    line = p + row * stride
     count = tl.load(rare_count) - begin
     if (count <= size) & (row < count):
-        for first in range(0, columns, block):
+        whole = columns // block * block  # as above
+        for first in range(0, whole, block):
             column = first + tl.arange(0, block)
+            x = tl.load(line + column).to(tl.float32) * tl.load(gate + column)
+            tl.store(line + column, x.to(p.dtype.element_ty))
+        for first in range(whole, columns, rest):
+            column = first + tl.arange(0, rest)
             inside = column < columns
-            x = tl.load(p + row * stride + column, mask=inside).to(tl.float32) * tl.load(gate + column, mask=inside)
-            tl.store(p + row * stride + column, x.to(p.dtype.element_ty), mask=inside)
+            x = tl.load(line + column, mask=inside).to(tl.float32) * tl.load(gate + column, mask=inside)
+            tl.store(line + column, x.to(p.dtype.element_ty), mask=inside)
 
 
 def softmax_rows_(logits: torch.Tensor, target: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """See :func:`agg.kernels.softmax_rows_`; one program per row. What it returns beside P, float32 [3, C]."""
     assert logits.stride(1) == 1 and target.is_contiguous() and here.is_contiguous()
     told = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
-    blocks = softmax_blocks(logits.shape[1])
+    blocks = column_blocks(logits.shape[1])
     with on_device_of(logits):
         _softmax_rows[(len(logits),)](
             logits,
@@ -149,9 +155,9 @@ def softmax_rows_(logits: torch.Tensor, target: torch.Tensor, here: torch.Tensor
     return told
 
 
-def softmax_blocks(columns: int) -> dict[str, int]:
-    """Columns at a time: powers of 2, no more than there are."""
-    block = min(_SOFTMAX_COLUMNS, 1 << (columns.bit_length() - 1))
+def column_blocks(columns: int, most: int = _SOFTMAX_COLUMNS) -> dict[str, int]:
+    """Columns at a time, and of what is left: powers of 2, no more than there are."""
+    block = min(most, 1 << (columns.bit_length() - 1))
     return {"block": block, "rest": min(block, _COLUMNS)}
 
 
@@ -175,7 +181,7 @@ def over_shards_(
 def gate_at_turn_(p: torch.Tensor, gate: torch.Tensor, rare_count: torch.Tensor, first: int) -> None:
     """See :func:`agg.kernels.gate_at_turn_`. Programs of the other rows return at once."""
     assert p.stride(1) == 1
-    block = min(_GATED_COLUMNS, int(triton.next_power_of_2(p.shape[1])))
+    blocks = column_blocks(p.shape[1], _GATED_COLUMNS)
     given = (p, gate.float(), rare_count, first, len(p), p.stride(0), p.shape[1])
     with on_device_of(p):
-        _gate_at_turn[(len(p),)](*given, block=block, num_warps=max(4, block // 1024))
+        _gate_at_turn[(len(p),)](*given, **blocks, num_warps=max(4, blocks["block"] // 1024))

@@ -43,6 +43,7 @@ GATE = {
     "stride": "i32",
     "columns": "i32",
     "block": "constexpr",
+    "rest": "constexpr",
 }
 SCALE = {
     "matrix": "*fp32",
@@ -136,13 +137,16 @@ def spilled(ptx: str) -> int:
 
 
 def main() -> None:
-    softmax = triton_kernels._softmax_rows, SOFTMAX, triton_kernels.softmax_blocks(131_072), 32
+    softmax = triton_kernels._softmax_rows, SOFTMAX, triton_kernels.column_blocks(131_072), 32
+    gated = triton_kernels.column_blocks(131_072, triton_kernels._GATED_COLUMNS)
+    gate = triton_kernels._gate_at_turn, GATE, gated, 16
     block = {"block": triton_rows._COLUMNS}
     entries = {"column_stride": 1, "gated": 1, "equal": triton_rows._EQUAL, "block": triton_rows._ENTRY_COLUMNS}
     made = {
         "softmax": compiled(*softmax, odd=("rows",)),
         "softmax of 50,257 columns": compiled(*softmax, odd=("rows", "columns")),
-        "gate": compiled(triton_kernels._gate_at_turn, GATE, {"block": triton_kernels._GATED_COLUMNS}, 16),
+        "gate": compiled(*gate),
+        "gate of 50,257 columns": compiled(*gate, odd=("begin", "size", "columns")),
         "scale": compiled(triton_rows._scale_at_turn, SCALE, block, 4, odd=("programs",)),
         "entries": compiled(triton_rows._add_entries, ENTRIES, entries, 8, odd=("count",)),
         "hidden": compiled(triton_rows._put_hidden_gradient, HIDDEN, {"weight_column": 1, **block}, 4),

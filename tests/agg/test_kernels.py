@@ -474,6 +474,9 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
     assert {name: kernel["spilled"] for name, kernel in made.items()} == dict.fromkeys(made, 0)
     for name in ("softmax", "softmax of 50,257 columns"):  # 32 columns of 2 bytes for each of 1,024 threads, twice
         assert made[name]["memory"]["ld.global.v4.b32"] == 8 and made[name]["memory"]["st.global.v4.b32"] == 4
+    for name in ("gate", "gate of 50,257 columns"):  # as many of P, and twice as many bytes of the gate
+        memory = made[name]["memory"]
+        assert memory["ld.global.v4.b32"] >= 12 and memory["st.global.v4.b32"] >= 4
 
 
 @pytest.mark.parametrize("check", device_checks.CHECKS)
