@@ -3,9 +3,8 @@
 All sides run in every round of one process, in an order drawn anew, so a ratio is taken within a round, and its median,
 quartiles and confidence interval over rounds; absolute times of a shared machine mean little. On a GPU its own time
 counts, behind other work, and beside it stands the time from idle to idle. Gradients are compared before anything is
-timed. A side of another library that computes something else is timed and marked; of a size where
-one of ours does, nothing is timed, and the exit code is 1. The figures are saved as JSON after each size, whole or not
-at all.
+timed. A side of another library that computes something else is timed and marked; of a size where one of ours does,
+nothing is timed, and the exit code is 1. The figures are saved as JSON after each size, whole or not at all.
 
     python -m agg.benchmark                                   # a few sizes
     python -m agg.benchmark --grid --limit-seconds 600        # all sizes that this machine has memory and time for

@@ -29,7 +29,7 @@ LOGITS_COPIES = {
     "megatron-core vocab-parallel": 2,
     "paper's form": 6,
 }
-BUSY_SECONDS = 0.02  # most sides need the least, some many times that
+BUSY_SECONDS = 0.02  # a guess: the least is 0.01, and many launches need more
 MEAN_SIDE = 2.5  # calls of three matmuls that a side takes, the mean of those measured on a CPU at D 256
 
 

@@ -1,7 +1,8 @@
 """The element-wise work of a loss call: Triton on a GPU, torch elsewhere, the same maths.
 
-Counts and conditions stay tensors, so that a GPU never waits for the host, and each function is one launch there: many
-small ones, at tens of us of the host each, would take longer than the matmuls of a small model.
+Counts and conditions stay tensors, so that a GPU never waits for the host, and each function is one launch there: the
+host took 1.6 ms to launch the 45 operations of a chunk (PERFORMANCE.md, version 14), more than the matmuls of a small
+model take.
 
 Letters: N positions of a call, C of a chunk of them, D hidden size, V_local rows of this rank's vocabulary shard.
 """
@@ -249,8 +250,6 @@ def add_entries_(
         coefficient = coefficient / own
         place = torch.where(here, rows, len(after))
         factor = torch.cat([after, after.new_ones(1)]).index_put_((place,), own)[:-1]
-    if not values_are_at_hand(rows):  # rows are sorted there, and entries of one row added one after the other
-        rows = torch.where(here, rows, torch.arange(len(rows), device=rows.device) % max(1, len(matrix)))
     for chunk in torch.arange(len(rows), device=rows.device).split(chunk_tokens):
         entries = take_rows(hidden, positions.order[chunk], positions.valid[chunk]).to(matrix.dtype)
         _add_rows(matrix, rows[chunk], entries.mul_(coefficient[chunk][:, None]))

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from agg.kernels import TINY
+
 if TYPE_CHECKING:
     from agg.job import Positions
     from agg.vocab_shard import VocabShard
@@ -21,7 +23,7 @@ _SCALING_PROGRAMS = 1_024  # share the rows of a matrix, most of which need noth
 _POSITIONS = 256  # of a program that takes several
 _EQUAL, _ENTRY_COLUMNS = 32, 512  # positions of one target at a time, and columns
 _FACTORS = 1_024  # rows at a time
-_TINY = tl.constexpr(2.0**-60)  # agg.kernels.TINY
+_TINY = tl.constexpr(TINY)
 
 
 @triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]

@@ -93,7 +93,7 @@ def part_of_step(
     options: dict[str, Any] = OPTIONS,
     device: str = "cpu",
 ) -> Part:
-    """What this rank has of the step after its micro-batches, whose sizes stand in the given ratio; on the CPU."""
+    """What this rank has of the step after its micro-batches, whose sizes stand in the given ratio; on a CPU."""
     layout = (*groups(rank, data_parallel, tensor_parallel), data_parallel, tensor_parallel)
     return _part_of_step(*layout, micro_batches, dtype, options, device)
 
