@@ -15,8 +15,8 @@ ALIGNED = 64  # columns: 128 bytes in 16 bits
 class Projection:
     """Holds the weight and one chunk of logits, which become probabilities in place.
 
-    On a GPU, logits of 50,257 columns take 6 to 8 times as long as those of 50,304, and ``P W`` 5 times, see version 13 in
-    PERFORMANCE.md. So the rows are taken in two pieces: a multiple of ``ALIGNED``, and the rest, filled up with zeros.
+    On a GPU, logits of 50,257 columns take 6 to 8 times as long as those of 50,304, and ``P W`` 5 times (version 13 in
+    PERFORMANCE.md). So the rows are taken in two pieces: a multiple of ``ALIGNED``, and the rest, filled up with zeros.
 
     Args:
         weight: [V, D]. tokens: the largest C.
