@@ -74,20 +74,27 @@ def gated_linear_cross_entropy(
         probe: is told what the gates take and the loss of each token.
 
     Raises:
-        ValueError: shapes, sizes or options that do not fit.
+        ValueError: shapes, sizes or options that do not fit, here or on another tensor-parallel rank
+            (:meth:`agg.VocabShard.problem_of_any`).
         IndexError: a target outside the vocabulary; on a GPU, where looking would stall it, a device-side assertion.
         RuntimeError: differentiating twice.
     """
     if shard is None:
         shard = VocabShard(0, max(weight.shape[0], 1), max(weight.shape[0], 1))
     hidden, weight = as_under_autocast(hidden, weight)
-    check_options(label_smoothing, chunk_tokens, z_loss, soft_cap)
-    check_reduction(reduction)
-    check_inputs(hidden, weight, target, shard)
-    if gates is not None:
-        _check_gates(gates, shard, weight.device)
-    if kernels.values_are_at_hand(target):  # else the sweep looks
-        _check_targets(target, ignore_index, shard)
+    problem: Exception | None = None
+    try:
+        check_options(label_smoothing, chunk_tokens, z_loss, soft_cap)
+        check_reduction(reduction)
+        check_inputs(hidden, weight, target, shard)
+        if gates is not None:
+            _check_gates(gates, shard, weight.device)
+        if kernels.values_are_at_hand(target):  # else the sweep looks
+            _check_targets(target, ignore_index, shard)
+    except (IndexError, ValueError) as refused:
+        problem = refused
+    if (problem := shard.problem_of_any(problem)) is not None:
+        raise problem
     if chunk_tokens is None:
         rows = -(-shard.vocab_size // shard.world_size)
         chunk_tokens = default_chunk_tokens(rows, len(hidden), hidden.device.type)

@@ -43,9 +43,9 @@ class AdaptiveGradientGating(torch.nn.Module):
     Building one is a collective of all ranks of its groups, which compare what they were given; with NCCL each needs
     its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
     parallelism have ranks too. What is wrong with the targets of one rank, or with a call without :meth:`begin_step`,
-    is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`. A shape that is wrong after
-    :meth:`begin_step`, and what one tensor-parallel rank refuses alone, only that rank hears of: to tell the others
-    would take a collective in each call.
+    is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`. What one tensor-parallel rank
+    refuses of a call is told to the others of its group, unless that is NCCL's. A call that is refused after
+    :meth:`begin_step` no other data-parallel rank hears of: that would take a collective of all in each call.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
@@ -195,7 +195,8 @@ class AdaptiveGradientGating(torch.nn.Module):
             if self._explicit_steps is not True:
                 self._set_explicit(False)
                 if not again:
-                    self._count(target, _problem_of(hidden, weight, target, self.shard, reduction))
+                    problem = _problem_of(hidden, weight, target, self.shard, reduction)
+                    self._count(target, self.shard.problem_of_any(problem))
             gates = self.current_gates()
             if not kernels.values_are_at_hand(target):
                 outside = outside_vocabulary(target, self.ignore_index, self.shard)

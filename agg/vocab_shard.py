@@ -101,6 +101,21 @@ class VocabShard:
                 "holds the others"
             )
 
+    def problem_of_any(self, problem: Exception | None) -> Exception | None:
+        """``problem`` of this rank; where it has none, but another tensor-parallel rank has, a ValueError to raise.
+
+        A collective of the group if its backend is gloo. With NCCL a GPU would have to wait for it: there the other
+        ranks of one that refuses end with the launcher, or at the time-out of the group.
+        """
+        if self.world_size == 1 or dist.get_backend(self.group) != dist.Backend.GLOO:
+            return problem
+        refusing = int(self.all_reduce(torch.tensor(int(problem is not None), dtype=torch.int32)))
+        if problem is None and refusing:
+            return ValueError(
+                f"{refusing} tensor-parallel ranks could not take part in this loss; their own messages say why"
+            )
+        return problem
+
     def to_local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of global ids, and which of them are here. Rows of ids held elsewhere are 0."""
         here = (ids >= self.start) & (ids < self.stop)

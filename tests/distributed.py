@@ -6,6 +6,7 @@ Two ranks start in about 0.1 s, and inherit what a test has patched. A process t
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import tempfile
@@ -55,8 +56,10 @@ def start_ranks(
         context.Process(target=_rank, args=(function, rank, world_size, folder, args), daemon=True)
         for rank in range(world_size)
     ]
+    gc.freeze()  # else a collection in a forked rank touches, and so copies, every page of the parent's objects
     for process in processes:
         process.start()
+    gc.unfreeze()
     return processes
 
 

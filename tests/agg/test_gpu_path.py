@@ -32,7 +32,7 @@ def answer(problem, dtype, laid_out=torch.clone, **options):
     hidden = laid_out(problem.hidden.to(dtype, copy=True)).requires_grad_()
     weight = laid_out(problem.weight.to(dtype, copy=True)).requires_grad_()
     loss = gated_linear_cross_entropy(
-        hidden, weight, problem.target, problem.gates, problem.shard(0, 1), chunk_tokens=7, **options
+        hidden, weight, problem.target, problem.gates, problem.shard(0, 1), chunk_tokens=20, **options
     )
     weigh(loss).backward()
     return loss.detach(), hidden.grad, weight.grad
@@ -79,7 +79,7 @@ def split_answer(rank: int, world_size: int, options: dict, multiple_of: int):
     g1, g2 = (F.pad(gate, (0, more), value=1.0)[rows] for gate in (problem.gates.g1, problem.gates.g2))
     weight = F.pad(problem.weight, (0, 0, 0, more))[rows].float().requires_grad_()
     hidden, gates = problem.hidden.float().requires_grad_(), Gates(rare[rows], g1, g2, rare)
-    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=7, **options)
+    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=20, **options)
     weigh(loss).backward()
     return loss.detach(), hidden.grad, weight.grad
 
