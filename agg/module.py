@@ -44,8 +44,9 @@ class AdaptiveGradientGating(torch.nn.Module):
     its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
     parallelism have ranks too. What is wrong with the targets of one rank, or with a call without :meth:`begin_step`,
     is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`. What one tensor-parallel rank
-    refuses of a call is told to the others of its group, unless that is NCCL's. A call that is refused after
-    :meth:`begin_step` no other data-parallel rank hears of: that would take a collective of all in each call.
+    refuses of a call is told to the others of its group, unless that is NCCL's; what it alone refuses in
+    :meth:`begin_step` is not. A call that is refused after :meth:`begin_step` no other data-parallel rank hears of:
+    that would take a collective of all in each call.
 
     Args:
         shard: the rows of the output embedding on this rank; ``VocabShard(0, V, V)`` if it is not split.
@@ -195,8 +196,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             if self._explicit_steps is not True:
                 self._set_explicit(False)
                 if not again:
-                    problem = _problem_of(hidden, weight, target, self.shard, reduction)
-                    self._count(target, self.shard.problem_of_any(problem))
+                    self._count_call(target, _problem_of(hidden, weight, target, self.shard, reduction))
             gates = self.current_gates()
             if not kernels.values_are_at_hand(target):
                 outside = outside_vocabulary(target, self.ignore_index, self.shard)
@@ -238,6 +238,19 @@ class AdaptiveGradientGating(torch.nn.Module):
     def _count(self, targets: torch.Tensor, problem: Exception | None = None) -> None:
         fault, self._fault, self.gates = self._fault, None, None
         self.frequency.update(targets, self.ignore_index, fault, problem)
+
+    def _count_call(self, target: torch.Tensor, problem: Exception | None) -> None:
+        """:meth:`_count` of a call that is a step of its own; nothing is counted if any rank of any group refuses."""
+        try:
+            self._count(target, problem)
+            self.frequency.tokens  # noqa: B018  awaits the all-reduce, which may tell of a problem elsewhere
+        except (FloatingPointError, TypeError, ValueError) as refused:
+            problem = refused
+        told = self.shard.problem_of_any(problem)
+        if told is not None:
+            if problem is None:
+                self.frequency.undo_update()
+            raise told
 
     def _set_explicit(self, explicit: bool) -> None:
         if self._explicit_steps is not None and self._explicit_steps != explicit:

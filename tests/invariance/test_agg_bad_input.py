@@ -141,14 +141,17 @@ def refused_by_one_tensor_parallel_rank(rank: int, world_size: int, dp: int, wha
     if what == "gates":
         gates = make_problem().gates if one else gates
         first = caught(lambda: gated_linear_cross_entropy(hidden, weight, target, gates, shard))
+    if what.startswith("id") and one:
+        target = torch.where(target >= 0, target + 507, target)
     if what == "id":
-        target = torch.where(target >= 0, target + 507, target) if one else target
         first = caught(lambda: gated_linear_cross_entropy(hidden, weight, target, gates, shard))
+    if what == "id, training":
+        first = caught(lambda: module(hidden, weight, target))
     if what == "id, eval":
         module.eval()
-        first = caught(lambda: module(hidden, weight, target + 507 if one else target))
+        first = caught(lambda: module(hidden, weight, target))
         module.train()
-    return first, caught(lambda: module(hidden, weight, problem.target))
+    return first, caught(lambda: module(hidden, weight, problem.target)), module.frequency.steps
 
 
 @pytest.mark.parametrize(
@@ -160,14 +163,19 @@ def refused_by_one_tensor_parallel_rank(rank: int, world_size: int, dp: int, wha
         (1, "gates", "ValueError: gates.rare has 512 rows, the shard has 256"),
         (1, "id", "IndexError: target"),
         (1, "id, eval", "IndexError: target"),
+        (1, "id, training", "ValueError: {valid} targets of this step are outside the vocabulary of 507 ids"),
+        (2, "id, training", "ValueError: {valid} targets of this step are outside the vocabulary of 507 ids"),
     ],
 )
 def test_what_one_tensor_parallel_rank_refuses(dp, what, message):
     beside = "ValueError: 1 tensor-parallel ranks could not take part in this loss; their own messages say why"
     across = "ValueError: 1 data-parallel ranks could not take part in this step; their own messages say why"
-    for rank, (first, then) in enumerate(run_ranks(refused_by_one_tensor_parallel_rank, 2 * dp, dp, what)):
-        assert first.startswith(message if rank == 1 else beside if rank == 0 else across)
-        assert then == "no error"
+    message = message.format(valid=int((make_problem().target >= 0).sum()))
+    told = [beside, message, beside, message if what == "id, training" else across]
+    parts = run_ranks(refused_by_one_tensor_parallel_rank, 2 * dp, dp, what)
+    for expected, (first, then, steps) in zip(told, parts, strict=False):
+        assert first.startswith(expected)
+        assert (then, steps) == ("no error", 1)
 
 
 def gates_of_another_shard(rank: int, world_size: int):
