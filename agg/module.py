@@ -44,8 +44,9 @@ class AdaptiveGradientGating(torch.nn.Module):
     its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
     parallelism have ranks too. What is wrong with the targets of one rank, or with a call without :meth:`begin_step`,
     is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`. What one tensor-parallel rank
-    refuses of a call is told to the others of its group, unless that is NCCL's; what it alone refuses in
-    :meth:`begin_step` is not. A call that is refused after :meth:`begin_step` no other data-parallel rank hears of:
+    refuses of a step or of a call is told to the others of its group, unless that is NCCL's; what it refuses in
+    :meth:`begin_step` it then raises where they hear of it, when gates are first asked for, so that the forward pass
+    between is that of all. A call that is refused after :meth:`begin_step` no other data-parallel rank hears of:
     that would take a collective of all in each call.
 
     Args:
@@ -120,12 +121,12 @@ class AdaptiveGradientGating(torch.nn.Module):
 
         Raises:
             ValueError, FloatingPointError, TypeError: see :meth:`agg.TokenFrequency.update`; on a CPU with one
-                data-parallel rank already here.
+                data-parallel rank already here, unless other tensor-parallel ranks can be told
+                (:attr:`agg.VocabShard.tells_refusals`).
             RuntimeError: the loss was called without it before.
         """
         self._set_explicit(True)
         self._count(targets)
-        self.frequency.start_gather()
 
     def undo_step(self) -> None:
         """Take back the count of a step that is skipped, and what its loss was.
@@ -143,8 +144,8 @@ class AdaptiveGradientGating(torch.nn.Module):
         The first call of a step awaits the counts, and on all tensor-parallel ranks is a collective of theirs.
 
         Raises:
-            ValueError, FloatingPointError: what a rank was told of with the counts; see
-                :meth:`agg.TokenFrequency.update`.
+            ValueError, FloatingPointError, TypeError: what a rank was told of with the counts, or refused itself;
+                see :meth:`agg.TokenFrequency.update` and :meth:`agg.TokenFrequency.of_all_shards`.
         """
         if self.gates is None:
             # Gathered once, threshold and gates of the whole vocabulary need no further collective.
@@ -185,7 +186,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             ValueError: see :func:`agg.gated_linear_cross_entropy`; without :meth:`begin_step` such a call is not
                 counted.
             IndexError: a target outside the vocabulary that was not counted, as in ``eval()``.
-            ValueError, FloatingPointError: see :meth:`current_gates`.
+            ValueError, FloatingPointError, TypeError: see :meth:`current_gates`.
         """
         gates = outside = None
         again = _runs_in_backward()
@@ -196,7 +197,7 @@ class AdaptiveGradientGating(torch.nn.Module):
             if self._explicit_steps is not True:
                 self._set_explicit(False)
                 if not again:
-                    self._count_call(target, _problem_of(hidden, weight, target, self.shard, reduction))
+                    self._count(target, _problem_of(hidden, weight, target, self.shard, reduction))
             gates = self.current_gates()
             if not kernels.values_are_at_hand(target):
                 outside = outside_vocabulary(target, self.ignore_index, self.shard)
@@ -237,20 +238,14 @@ class AdaptiveGradientGating(torch.nn.Module):
 
     def _count(self, targets: torch.Tensor, problem: Exception | None = None) -> None:
         fault, self._fault, self.gates = self._fault, None, None
-        self.frequency.update(targets, self.ignore_index, fault, problem)
-
-    def _count_call(self, target: torch.Tensor, problem: Exception | None) -> None:
-        """:meth:`_count` of a call that is a step of its own; nothing is counted if any rank of any group refuses."""
         try:
-            self._count(target, problem)
-            self.frequency.tokens  # noqa: B018  awaits the all-reduce, which may tell of a problem elsewhere
+            self.frequency.update(targets, self.ignore_index, fault, problem)
+            problem = None
         except (FloatingPointError, TypeError, ValueError) as refused:
-            problem = refused
-        told = self.shard.problem_of_any(problem)
-        if told is not None:
-            if problem is None:
-                self.frequency.undo_update()
-            raise told
+            if not self.shard.tells_refusals:
+                raise
+            problem = refused  # raised once the tensor-parallel ranks are told, with the counts
+        self.frequency.start_gather(problem)
 
     def _set_explicit(self, explicit: bool) -> None:
         if self._explicit_steps is not None and self._explicit_steps != explicit:

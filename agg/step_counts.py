@@ -13,20 +13,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from agg.histogram import COMPLAINTS, places_of_ids, step_histogram
 from agg.host_copy import HostCopy
-from agg.vocab_shard import Gathering, VocabShard
+from agg.vocab_shard import Gathering, VocabShard, refused_elsewhere
 
 STATE_VERSION = 1
-# The last entries of a step's histogram: what each number above 0 raises on all data-parallel ranks.
-COMPLAINTS: tuple[tuple[type[Exception], str], ...] = (
-    (ValueError, "{count} targets of this step are outside the vocabulary of {vocab_size} ids"),
-    (
-        FloatingPointError,
-        "the loss of the step before was not finite on {count} data-parallel ranks; hidden states or weights hold "
-        "NaN or infinity, or on a GPU a target was outside the vocabulary and not among the counted",
-    ),
-    (ValueError, "{count} data-parallel ranks could not take part in this step; their own messages say why"),
-)
 
 
 class StepCounts(ABC):
@@ -58,6 +49,7 @@ class StepCounts(ABC):
         self._gathering: Gathering | None = None  # of the totals
         self._complaints: HostCopy | None = None  # of the last histogram, looked at once that costs no wait
         self._undo: Any = None  # what takes back the last update; None: there is none
+        self._refusal: Exception | None = None  # why this rank cannot take part in the gather of the step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounts:
         self._settled()
@@ -85,15 +77,49 @@ class StepCounts(ABC):
         """[]: targets counted in the window, all data-parallel ranks, whole vocabulary."""
         return self._settled()[-1]
 
-    def start_gather(self) -> None:
-        """Begin what :meth:`of_all_shards` awaits, unless it would have to wait for an all-reduce first."""
+    def start_gather(self, refusal: Exception | None = None) -> None:
+        """Begin what :meth:`of_all_shards` awaits, unless it would have to wait for an all-reduce first.
+
+        Args:
+            refusal: why this rank cannot take part in the step; see :meth:`of_all_shards`.
+        """
+        self._refusal = refusal
         if self._world_size == 1:
-            self._gathering = self.shard.start_all_gather(self.appearances)
+            self._gathering = self._gather()
 
     def of_all_shards(self) -> torch.Tensor:
-        """[padded V]: :attr:`appearances` of all tensor-parallel ranks; each call is a collective of theirs."""
-        gathering, self._gathering = self._gathering, None  # not kept: that would be memory
-        return (gathering or self.shard.start_all_gather(self.appearances)).get().flatten()
+        """[padded V]: :attr:`appearances` of all tensor-parallel ranks; each call is a collective of theirs.
+
+        Raises:
+            ValueError: another tensor-parallel rank cannot take part, if :attr:`agg.VocabShard.tells_refusals`; this
+                one's last update is taken back.
+            ValueError, FloatingPointError, TypeError: this rank cannot; see :meth:`update`.
+        """
+        gathering, self._gathering = self._gathering or self._gather(), None  # not kept: that would be memory
+        refusal, self._refusal = self._refusal, None
+        totals = gathering.get()
+        if self.shard.tells_refusals:
+            refusing = int((totals[:, -1] < 0).sum())
+            if refusal is not None:
+                raise refusal
+            if refusing:
+                self.undo_update()
+                raise refused_elsewhere(refusing)
+        return totals[:, :-1].flatten()
+
+    def _gather(self) -> Gathering:
+        """Of the totals of all shards [ranks, V_local + 1]. Those of a rank that cannot take part are -1, so that to
+        be told of it costs no collective of its own."""
+        try:
+            totals = self._settled()
+        except (FloatingPointError, ValueError) as told:
+            if not self.shard.tells_refusals:
+                raise
+            self._refusal = self._refusal or told
+        if self._refusal is not None:
+            assert self._totals is not None
+            totals = torch.full_like(self._totals, -1)
+        return self.shard.start_all_gather(totals)
 
     def _forget_gathered(self) -> None:
         """Before the totals change: a gather under way reads them."""
@@ -129,6 +155,9 @@ class StepCounts(ABC):
         """
         self._raise_complaints()
         self._forget_gathered()
+        if self._refusal is not None:  # of a step whose counts nobody asked for
+            refusal, self._refusal = self._refusal, None
+            raise refusal
         totals = self._settled(targets.device)
         if totals.device != targets.device:  # loaded from a checkpoint
             self._totals = totals.to(targets.device)
@@ -222,7 +251,7 @@ class StepCounts(ABC):
         self._resume(updates, kept)
         self._forget_gathered()
         self._totals, self._updates = totals, updates
-        self._pending = self._complaints = self._undo = None
+        self._pending = self._complaints = self._undo = self._refusal = None
 
     def _check_part(self, part: dict[str, Any], updates: int) -> None:
         for key, expected in (
@@ -293,33 +322,3 @@ def check_window_steps(window_steps: int) -> None:
     """
     if not isinstance(window_steps, int) or window_steps < 1:
         raise ValueError(f"window_steps is {window_steps}, must be a whole number of at least 1")
-
-
-def step_histogram(targets: torch.Tensor, places: torch.Tensor, size: int, ignore_index: int) -> torch.Tensor:
-    """
-    Args:
-        places: of :func:`places_of_ids`. size: V_local.
-
-    Returns:
-        int32 [V_local + 4]: occurrences of each row; how many targets; how many outside the vocabulary; 0, 0.
-    """
-    flat = targets.reshape(-1).long()
-    place = places[flat.clamp(-1, len(places) - 2)].masked_fill_(flat == ignore_index, size + 2)
-    histogram = torch.zeros(size + 1 + len(COMPLAINTS), dtype=torch.int32, device=targets.device)
-    histogram.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
-    counted, _, ignored, _ = histogram[size:].unbind()
-    counted.fill_(len(flat)).sub_(ignored)
-    ignored.zero_()
-    return histogram
-
-
-def places_of_ids(shard: VocabShard, device: torch.device) -> torch.Tensor:
-    """int32 [V + 2]: where :func:`step_histogram` counts each id, any id above them, and any below 0 (index -1).
-
-    Ids that are held elsewhere or do not exist have places of their own: picking them out would make a GPU wait.
-    """
-    elsewhere, outside = len(shard), len(shard) + 1
-    places = torch.full((shard.vocab_size + 2,), elsewhere, dtype=torch.int32, device=device)
-    places[shard.start : shard.start + shard.real] = torch.arange(shard.real, device=device)
-    places[shard.vocab_size :] = outside
-    return places

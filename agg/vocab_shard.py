@@ -101,19 +101,25 @@ class VocabShard:
                 "holds the others"
             )
 
+    @property
+    def tells_refusals(self) -> bool:
+        """Whether tensor-parallel ranks tell one another of a call that one of them refuses: with gloo.
+
+        With NCCL a GPU would have to wait for it: there the others end with the launcher, or at the time-out of the
+        group.
+        """
+        return self.world_size > 1 and bool(dist.get_backend(self.group) == dist.Backend.GLOO)
+
     def problem_of_any(self, problem: Exception | None) -> Exception | None:
         """``problem`` of this rank; where it has none, but another tensor-parallel rank has, a ValueError to raise.
 
-        A collective of the group if its backend is gloo. With NCCL a GPU would have to wait for it: there the other
-        ranks of one that refuses end with the launcher, or at the time-out of the group.
+        A collective of the group where it :attr:`tells_refusals`.
         """
-        if self.world_size == 1 or dist.get_backend(self.group) != dist.Backend.GLOO:
+        if not self.tells_refusals:
             return problem
         refusing = int(self.all_reduce(torch.tensor(int(problem is not None), dtype=torch.int32)))
         if problem is None and refusing:
-            return ValueError(
-                f"{refusing} tensor-parallel ranks could not take part in this loss; their own messages say why"
-            )
+            return refused_elsewhere(refusing)
         return problem
 
     def to_local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,6 +158,11 @@ class Gathering:
             self._work.wait()
             self._work = None
         return self._gathered
+
+
+def refused_elsewhere(ranks: int) -> ValueError:
+    """What a tensor-parallel rank raises that refuses nothing itself, where ``ranks`` others do."""
+    return ValueError(f"{ranks} tensor-parallel ranks could not take part in this step; their own messages say why")
 
 
 def padded_vocab_size(vocab_size: int, multiple_of: int) -> int:

@@ -63,6 +63,15 @@ def start_ranks(
     return processes
 
 
+def caught(function: Callable[[], Any]) -> str:
+    """The error of ``function`` as text; every rank must come here."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.update(

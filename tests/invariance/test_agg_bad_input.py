@@ -14,17 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import make_problem
-from tests.distributed import run_ranks
+from tests.distributed import caught, run_ranks
 from tests.invariance.agg_layouts import groups
-
-
-def caught(function) -> str:
-    """The error of ``function`` as text; every rank must come here."""
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def nan_on_one_rank(rank: int, world_size: int, explicit: bool):
@@ -124,58 +115,6 @@ def test_what_is_refused_under_tensor_parallelism():
     for first, then in run_ranks(refused_under_two_tensor_parallel_ranks, 4, "NaN"):
         assert first == "no error"
         assert then.startswith("FloatingPointError: the loss of the step before was not finite on 1 data-parallel")
-
-
-def refused_by_one_tensor_parallel_rank(rank: int, world_size: int, dp: int, what: str):
-    dp_group, tp_group = groups(rank, dp, 2)
-    problem = make_problem()
-    shard = problem.shard(rank % 2, 2, tp_group)
-    weight, gates = problem.local(shard)
-    module = AdaptiveGradientGating(shard, alpha=0.3, window_steps=2, data_parallel_group=dp_group)
-    hidden, target, one = problem.hidden, problem.target, rank == 1
-    if what == "shape":
-        first = caught(lambda: module(hidden[:, :9] if one else hidden, weight, target))
-    if what == "after begin_step":
-        module.begin_step(target)
-        first = caught(lambda: module(hidden, weight[:9] if one else weight, target))
-    if what == "gates":
-        gates = make_problem().gates if one else gates
-        first = caught(lambda: gated_linear_cross_entropy(hidden, weight, target, gates, shard))
-    if what.startswith("id") and one:
-        target = torch.where(target >= 0, target + 507, target)
-    if what == "id":
-        first = caught(lambda: gated_linear_cross_entropy(hidden, weight, target, gates, shard))
-    if what == "id, training":
-        first = caught(lambda: module(hidden, weight, target))
-    if what == "id, eval":
-        module.eval()
-        first = caught(lambda: module(hidden, weight, target))
-        module.train()
-    return first, caught(lambda: module(hidden, weight, problem.target)), module.frequency.steps
-
-
-@pytest.mark.parametrize(
-    ("dp", "what", "message"),
-    [
-        (1, "shape", "ValueError: hidden must be [T, D] and weight [V_local, D], got"),
-        (2, "shape", "ValueError: hidden must be [T, D] and weight [V_local, D], got"),
-        (1, "after begin_step", "ValueError: weight has 9 rows, its shard [256, 512) has 256"),
-        (1, "gates", "ValueError: gates.rare has 512 rows, the shard has 256"),
-        (1, "id", "IndexError: target"),
-        (1, "id, eval", "IndexError: target"),
-        (1, "id, training", "ValueError: {valid} targets of this step are outside the vocabulary of 507 ids"),
-        (2, "id, training", "ValueError: {valid} targets of this step are outside the vocabulary of 507 ids"),
-    ],
-)
-def test_what_one_tensor_parallel_rank_refuses(dp, what, message):
-    beside = "ValueError: 1 tensor-parallel ranks could not take part in this loss; their own messages say why"
-    across = "ValueError: 1 data-parallel ranks could not take part in this step; their own messages say why"
-    message = message.format(valid=int((make_problem().target >= 0).sum()))
-    told = [beside, message, beside, message if what == "id, training" else across]
-    parts = run_ranks(refused_by_one_tensor_parallel_rank, 2 * dp, dp, what)
-    for expected, (first, then, steps) in zip(told, parts, strict=False):
-        assert first.startswith(expected)
-        assert (then, steps) == ("no error", 1)
 
 
 def gates_of_another_shard(rank: int, world_size: int):

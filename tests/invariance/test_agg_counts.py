@@ -18,7 +18,7 @@ from agg import (
     alpha_of_rare_fraction,
     rarity_gates,
 )
-from agg.step_counts import COMPLAINTS
+from agg.histogram import COMPLAINTS
 from tests.distributed import run_ranks
 from tests.invariance.agg_layouts import groups, zipf_steps
 

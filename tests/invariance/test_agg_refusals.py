@@ -1,0 +1,84 @@
+"""What one tensor-parallel rank refuses is told to all of them, and all go on together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agg import AdaptiveGradientGating, gated_linear_cross_entropy
+from tests.agg.problems import make_problem
+from tests.distributed import caught, run_ranks
+from tests.invariance.agg_layouts import groups
+
+
+def refused_by_one_tensor_parallel_rank(rank: int, world_size: int, dp: int, what: str):
+    dp_group, tp_group = groups(rank, dp, 2)
+    problem = make_problem()
+    shard = problem.shard(rank % 2, 2, tp_group)
+    weight, gates = problem.local(shard)
+    module = AdaptiveGradientGating(shard, alpha=0.3, window_steps=2, data_parallel_group=dp_group)
+    hidden, target, one = problem.hidden, problem.target, rank == 1
+    if what == "shape":
+        first = caught(lambda: module(hidden[:, :9] if one else hidden, weight, target))
+    if what == "after begin_step":
+        module.begin_step(target)
+        first = caught(lambda: module(hidden, weight[:9] if one else weight, target))
+    if what == "gates":
+        gates = make_problem().gates if one else gates
+        first = caught(lambda: gated_linear_cross_entropy(hidden, weight, target, gates, shard))
+    if what.startswith("id") and one:
+        target = torch.where(target >= 0, target + 507, target)
+    if what == "id":
+        first = caught(lambda: gated_linear_cross_entropy(hidden, weight, target, gates, shard))
+    if what == "id, training":
+        first = caught(lambda: module(hidden, weight, target))
+    if "begin_step" in what and what != "after begin_step":
+        module.begin_step(target.double() if one and what.startswith("dtype") else target)
+        dist.all_reduce(torch.zeros(3), group=tp_group)  # as the forward pass does
+        if what.endswith("without loss"):
+            module.begin_step(problem.target)
+        first = caught(lambda: module(hidden, weight, problem.target))
+        module.begin_step(problem.target)
+    if what == "id, eval":
+        module.eval()
+        first = caught(lambda: module(hidden, weight, target))
+        module.train()
+    return first, caught(lambda: module(hidden, weight, problem.target)), module.frequency.steps
+
+
+@pytest.mark.parametrize(
+    ("dp", "what", "message"),
+    [
+        (1, "shape", "ValueError: hidden must be [T, D] and weight [V_local, D], got"),
+        (2, "shape", "ValueError: hidden must be [T, D] and weight [V_local, D], got"),
+        (1, "after begin_step", "ValueError: weight has 9 rows, its shard [256, 512) has 256"),
+        (1, "gates", "ValueError: gates.rare has 512 rows, the shard has 256"),
+        (1, "id", "IndexError: target"),
+        (1, "id, eval", "IndexError: target"),
+        (1, "id, training", "ValueError: {valid} targets of this step are outside the vocabulary of 507 ids"),
+        (2, "id, training", "ValueError: {valid} targets of this step are outside the vocabulary of 507 ids"),
+        (1, "id, begin_step", "ValueError: {valid} targets of this step are outside the vocabulary of"),
+        (2, "id, begin_step", "ValueError: {valid} targets of this step are outside the vocabulary of"),
+        (1, "dtype, begin_step", "TypeError: targets must be integer ids, got torch.float64"),
+        (2, "dtype, begin_step", "TypeError: targets must be integer ids, got torch.float64"),
+    ],
+)
+def test_what_one_tensor_parallel_rank_refuses(dp, what, message):
+    beside = "ValueError: 1 tensor-parallel ranks could not take part in this step; their own messages say why"
+    across = "ValueError: 1 data-parallel ranks could not take part in this step; their own messages say why"
+    message = message.format(valid=int((make_problem().target >= 0).sum()))
+    told = [beside, message, beside, message if what.startswith("id") else across]
+    parts = run_ranks(refused_by_one_tensor_parallel_rank, 2 * dp, dp, what)
+    for expected, (first, then, steps) in zip(told, parts, strict=False):
+        assert first.startswith(expected)
+        assert (then, steps) == ("no error", 1)
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("what", ["id", "dtype"])
+def test_what_is_refused_of_a_step_whose_counts_nobody_asks_for_is_told_in_the_next(dp, what):
+    parts = run_ranks(refused_by_one_tensor_parallel_rank, 2 * dp, dp, f"{what}, begin_step without loss")
+    told = {first for first, _, _ in parts}
+    assert len(told) == 2 + (dp == 2 and what == "dtype") and "no error" not in told
+    assert [then for _, then, _ in parts] == ["no error"] * 2 * dp
