@@ -99,7 +99,7 @@ class StepCounts(ABC):
         refusal, self._refusal = self._refusal, None
         totals = gathering.get()
         if self.shard.tells_refusals:
-            refusing = int((totals[:, -1] < 0).sum())
+            refusing = sum(tokens < 0 for tokens in totals[:, -1].tolist())
             if refusal is not None:
                 raise refusal
             if refusing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +76,11 @@ class VocabShard:
         """How many of the rows are real ids; those after them only pad. They may be none."""
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
-    @property
+    @functools.cached_property
     def world_size(self) -> int:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
-    @property
+    @functools.cached_property
     def rank(self) -> int:
         """This one's place in the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
@@ -101,7 +102,7 @@ class VocabShard:
                 "holds the others"
             )
 
-    @property
+    @functools.cached_property
     def tells_refusals(self) -> bool:
         """Whether tensor-parallel ranks tell one another of a call that one of them refuses: with gloo.
 
