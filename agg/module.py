@@ -44,9 +44,9 @@ class AdaptiveGradientGating(torch.nn.Module):
     its device set before. A data-parallel group that is too small cannot be told from a right one, since other kinds of
     parallelism have ranks too. What is wrong with the targets of one rank, or with a call without :meth:`begin_step`,
     is told to all its data-parallel ranks; see :meth:`agg.TokenFrequency.update`. What one tensor-parallel rank
-    refuses of a step or of a call is told to the others of its group, unless that is NCCL's; what it refuses in
-    :meth:`begin_step` it then raises where they hear of it, when gates are first asked for, so that the forward pass
-    between is that of all. A call that is refused after :meth:`begin_step` no other data-parallel rank hears of:
+    refuses of a step or of a call is told to the others if their group is gloo's; what it refuses in :meth:`begin_step`
+    it raises where they hear of it, when gates are first asked for, so that none leaves before a forward pass whose
+    collectives the others enter. A call that is refused after :meth:`begin_step` no other data-parallel rank hears of:
     that would take a collective of all in each call.
 
     Args:
@@ -112,6 +112,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         self._candidates: torch.Tensor | None = None  # ids that may be rare
         self._fault: torch.Tensor | None = None  # bool []: a loss since the last count was not finite
         self._explicit_steps: bool | None = None
+        self._unheard = False  # tensor-parallel ranks may have refused the step
 
     def begin_step(self, targets: torch.Tensor) -> None:
         """Count all targets of this rank in the coming optimizer step, of any shape, on the device of the loss.
@@ -121,8 +122,9 @@ class AdaptiveGradientGating(torch.nn.Module):
 
         Raises:
             ValueError, FloatingPointError, TypeError: see :meth:`agg.TokenFrequency.update`; on a CPU with one
-                data-parallel rank already here, unless other tensor-parallel ranks can be told
-                (:attr:`agg.VocabShard.tells_refusals`).
+                data-parallel rank already here. Where tensor-parallel ranks tell one another
+                (:attr:`agg.VocabShard.tells_refusals`), only what was refused of the step before, if nobody asked for
+                its gates.
             RuntimeError: the loss was called without it before.
         """
         self._set_explicit(True)
@@ -133,7 +135,9 @@ class AdaptiveGradientGating(torch.nn.Module):
 
         Raises:
             RuntimeError: there is none to take back; only the last one can be.
+            ValueError, FloatingPointError, TypeError: it was refused; see :meth:`current_gates`.
         """
+        self._hear()
         self.frequency.undo_update()
         self.gates = self._fault = None
 
@@ -148,6 +152,7 @@ class AdaptiveGradientGating(torch.nn.Module):
                 see :meth:`agg.TokenFrequency.update` and :meth:`agg.TokenFrequency.of_all_shards`.
         """
         if self.gates is None:
+            self._unheard = False
             # Gathered once, threshold and gates of the whole vocabulary need no further collective.
             counts = self.frequency.of_all_shards()
             if self._candidates is None or self._candidates.device != counts.device:
@@ -235,8 +240,10 @@ class AdaptiveGradientGating(torch.nn.Module):
         """
         self.frequency.load_state_dict(state)
         self.gates = self._fault = None
+        self._unheard = False
 
     def _count(self, targets: torch.Tensor, problem: Exception | None = None) -> None:
+        self._hear()
         fault, self._fault, self.gates = self._fault, None, None
         try:
             self.frequency.update(targets, self.ignore_index, fault, problem)
@@ -246,6 +253,12 @@ class AdaptiveGradientGating(torch.nn.Module):
                 raise
             problem = refused  # raised once the tensor-parallel ranks are told, with the counts
         self.frequency.start_gather(problem)
+        self._unheard = self.shard.tells_refusals
+
+    def _hear(self) -> None:
+        """What tensor-parallel ranks refused of a step whose gates nobody asked for, before it is too late to."""
+        if self._unheard:
+            self.current_gates()
 
     def _set_explicit(self, explicit: bool) -> None:
         if self._explicit_steps is not None and self._explicit_steps != explicit:

@@ -112,12 +112,9 @@ class StepCounts(ABC):
         be told of it costs no collective of its own."""
         try:
             totals = self._settled()
-        except (FloatingPointError, ValueError) as told:
-            if not self.shard.tells_refusals:
+        except (FloatingPointError, TypeError, ValueError):
+            if self._refusal is None or self._totals is None:
                 raise
-            self._refusal = self._refusal or told
-        if self._refusal is not None:
-            assert self._totals is not None
             totals = torch.full_like(self._totals, -1)
         return self.shard.start_all_gather(totals)
 
@@ -138,7 +135,7 @@ class StepCounts(ABC):
 
         What is wrong with it on one data-parallel rank is told with the counts, so that on CPUs none is left waiting
         for another. On GPUs the others hear of it too late for the step at hand, and end with the launcher or the
-        time-out of their group; so do tensor-parallel ranks of the one that refuses.
+        time-out of their group. Tensor-parallel ranks hear of it in :meth:`of_all_shards`.
 
         Args:
             targets: global ids of any shape, all targets of this rank in this step. Every data-parallel rank
@@ -153,8 +150,9 @@ class StepCounts(ABC):
             FloatingPointError: likewise, if any of them told of a fault.
             TypeError: targets that are not integers.
         """
-        self._raise_complaints()
         self._forget_gathered()
+        if (told := self._complaint()) is not None:
+            raise told
         if self._refusal is not None:  # of a step whose counts nobody asked for
             refusal, self._refusal = self._refusal, None
             raise refusal
@@ -184,7 +182,12 @@ class StepCounts(ABC):
         raise problem
 
     def _settled(self, device: torch.device | None = None) -> torch.Tensor:
-        """The totals, after the all-reduce under way has been added."""
+        """The totals, after the all-reduce under way has been added.
+
+        Raises:
+            ValueError, FloatingPointError, TypeError: see :meth:`update`; where tensor-parallel ranks are to be told,
+                again until they are.
+        """
         if self._totals is None:
             self._totals = torch.zeros(len(self.shard) + 1, dtype=self._totals_dtype, device=device)
         if self._pending is not None:
@@ -193,23 +196,24 @@ class StepCounts(ABC):
                 work.wait()
             self._pending = None
             counts, self._complaints = delta[: -len(COMPLAINTS)], HostCopy(delta[-len(COMPLAINTS) :])
-            if self._complaints.is_here:
-                self._raise_complaints()
+            told = self._complaint() if self._complaints.is_here else None
+            if told is not None:
+                self._refusal = told if self.shard.tells_refusals else None
+                raise told
             self._apply(counts)
             self._updates += 1
+        if self._refusal is not None:
+            raise self._refusal
         return self._totals
 
-    def _raise_complaints(self) -> None:
-        """
-        Raises:
-            ValueError, FloatingPointError: see :meth:`update`.
-        """
+    def _complaint(self) -> Exception | None:
+        """What the last histogram tells of: see :meth:`update`."""
         complaints, self._complaints = self._complaints, None
-        if complaints is None:
-            return
-        for (error, message), count in zip(COMPLAINTS, complaints.get().tolist(), strict=True):
-            if count:
-                raise error(message.format(count=count, vocab_size=self.shard.vocab_size))
+        if complaints is not None:
+            for (error, message), count in zip(COMPLAINTS, complaints.get().tolist(), strict=True):
+                if count:
+                    return error(message.format(count=count, vocab_size=self.shard.vocab_size))
+        return None
 
     def _outgoing(self, histogram: torch.Tensor) -> torch.Tensor:
         """What this rank gives to the all-reduce, from its histogram of the step."""

@@ -104,7 +104,7 @@ class VocabShard:
 
     @functools.cached_property
     def tells_refusals(self) -> bool:
-        """Whether tensor-parallel ranks tell one another of a call that one of them refuses: with gloo.
+        """Whether tensor-parallel ranks tell one another of a step or call that one of them refuses: with gloo.
 
         With NCCL a GPU would have to wait for it: there the others end with the launcher, or at the time-out of the
         group.
