@@ -73,8 +73,8 @@ def test_a_step_never_waits_for_the_device(on_device, monkeypatch, window, reduc
         monkeypatch.setattr(torch.Tensor, name, on_the_host_alone(name))
 
     monkeypatch.setattr(frequency, "_sparse", on_the_host(frequency._sparse))
-    complaints = step_counts.StepCounts._raise_complaints
-    monkeypatch.setattr(step_counts.StepCounts, "_raise_complaints", on_the_host(complaints))
+    complaint = step_counts.StepCounts._complaint
+    monkeypatch.setattr(step_counts.StepCounts, "_complaint", on_the_host(complaint))
     with NoWait():
         for _ in range(3):
             if explicit:
