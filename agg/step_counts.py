@@ -153,9 +153,7 @@ class StepCounts(ABC):
         self._forget_gathered()
         if (told := self._complaint()) is not None:
             raise told
-        if self._refusal is not None:  # of a step whose counts nobody asked for
-            refusal, self._refusal = self._refusal, None
-            raise refusal
+        self._refusal = None  # whoever read the counts of that step was told
         totals = self._settled(targets.device)
         if totals.device != targets.device:  # loaded from a checkpoint
             self._totals = totals.to(targets.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agg import AdaptiveGradientGating, gated_linear_cross_entropy
+from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import make_problem
 from tests.distributed import caught, run_ranks
 from tests.invariance.agg_layouts import groups
@@ -83,3 +83,22 @@ def test_what_one_tensor_parallel_rank_refuses(dp, what, message):
     for expected, (first, then, steps) in zip(told, parts, strict=False):
         assert first.startswith(expected)
         assert (then, steps) == ("no error", 1)
+
+
+def counts_after_a_refused_step(rank: int, world_size: int, is_read: bool):
+    """Of counts that are used without the module: nobody asks for those of all shards."""
+    frequency = TokenFrequency(VocabShard(256 * rank, 256 * rank + 256, 507, dist.group.WORLD), 2)
+    frequency.update(torch.tensor([3, 507]))
+    if is_read:
+        told = [caught(lambda: frequency.tokens) for _ in range(2)]
+    else:
+        told = [caught(lambda: frequency.update(torch.tensor([4])))]
+    frequency.update(torch.tensor([3, 4]))
+    return told, int(frequency.tokens), frequency.steps
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_counts_alone_go_on_after_a_refused_step(is_read):
+    message = "ValueError: 1 targets of this step are outside the vocabulary of 507 ids"
+    told = [message] * (2 if is_read else 1)
+    assert run_ranks(counts_after_a_refused_step, 2, is_read) == [(told, 2, 1)] * 2
