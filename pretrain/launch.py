@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.files import make_folder
+from pretrain.topology import LISTENING_SOCKET
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals, hold_back_signals
 
 GRACE_SECONDS = 10.0
@@ -41,14 +42,14 @@ def run_local_ranks(
         0, :data:`EXIT_STOPPED`, or the exit code of the rank that failed first; the others are then ended.
     """
     make_folder(log_folder)
-    port = _free_port()
     with contextlib.ExitStack() as stack:
         prepare = _die_with_parent if signals is None else _die_with_parent_and_hold_back_signals
         heard = stack.enter_context(StopSignals()) if signals is None else signals
-        ranks = [
-            _start(arguments, rank, world_size, port, log_folder, stack, prepare, inherited)
-            for rank in range(world_size)
-        ]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ranks = [
+                _start(arguments, rank, world_size, listener, log_folder, stack, prepare, inherited)
+                for rank in range(world_size)
+            ]
         try:
             with heard.relayed_to(ranks):
                 code, failed = _wait(ranks)
@@ -63,20 +64,24 @@ def _start(
     arguments: Sequence[str],
     rank: int,
     world_size: int,
-    port: str,
+    listener: socket.socket,
     log_folder: Path,
     stack: contextlib.ExitStack,
     prepare: Callable[[], None],
     inherited: Sequence[int],
 ) -> subprocess.Popen[bytes]:
+    """``listener`` is where the ranks meet: rank 0 inherits it, so that nobody takes its port before rank 0 listens."""
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(listener.getsockname()[1]),
     }
+    if rank == 0:
+        environment[LISTENING_SOCKET] = str(listener.fileno())
+        inherited = [*inherited, listener.fileno()]
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     output = None if rank == 0 else stack.enter_context((log_folder / f"rank_{rank:05d}.log").open("wb"))
     return subprocess.Popen(
@@ -99,12 +104,6 @@ def _die_with_parent() -> None:
 def _die_with_parent_and_hold_back_signals() -> None:
     _die_with_parent()
     hold_back_signals()
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int | None]:

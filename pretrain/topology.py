@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from pretrain.cluster.job import node_name
+from pretrain.cluster.job import node_name, rendezvous_port
 from pretrain.cluster.meeting import Meeting, Whereabouts
 from pretrain.errors import PreflightError, RecipeError, UserError
 from pretrain.recipe import Recipe
@@ -21,6 +21,7 @@ from pretrain.recipe_checks import batch_problems
 
 TIMEOUT = datetime.timedelta(minutes=30)
 LEAST_ARRIVAL_SECONDS = 60.0  # imports from a busy disk take as long
+LISTENING_SOCKET = "PRETRAIN_LISTENING_SOCKET"  # the number of a descriptor that pretrain.launch gives to rank 0
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,8 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
             f"{place.world_size} ranks were started, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
             "start them with torchrun or slurm/launch.sh"
         )
+    listening = _number(os.environ, LISTENING_SOCKET)
+    os.environ.pop(LISTENING_SOCKET, None)  # the store takes it
     opens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         return TCPStore(
@@ -250,6 +253,7 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
             datetime.timedelta(seconds=seconds),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=listening if opens else None,
         )
     except dist.DistError as error:
         doing = "open the store" if opens else "reach rank 0"
@@ -262,7 +266,7 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
 def _slurm_rendezvous() -> tuple[str, str]:
     """The first node of this srun, where rank 0 is, and a port that other jobs on it are unlikely to use."""
     first = _node_names(os.environ["SLURM_STEP_NODELIST"])[0]
-    return first, str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000)
+    return first, str(rendezvous_port(os.environ.get("SLURM_JOB_ID", "0")))
 
 
 def _nodes_of_job() -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.launch import _free_port
+from pretrain.cluster.job import rendezvous_port
 from pretrain.recipe_io import recipe_to_dict
 from tests.small_runs import change
 
@@ -210,9 +210,15 @@ def test_tensorboard(runs, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_joins_the_ranks_of_a_launcher(runs, tmp_path, launcher):
     """train must not start more, and evaluate must know how many there were."""
+    port = rendezvous_port(str(os.getpid()))
     commands = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-        "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={_free_port()}", "--module"],
+        "deepspeed": [
+            "deepspeed.launcher.runner",
+            "--num_accelerators=2",
+            f"--master_port={port}",
+            "--module",
+        ],
     }
     (tmp_path / "open.yaml").write_text(
         (runs / "agg.yaml").read_text().replace("data_parallel_size: 2", "data_parallel_size: null")

@@ -16,7 +16,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from pretrain.cluster.endings import LOGS
-from pretrain.cluster.job import ask, node_name
+from pretrain.cluster.job import ask, node_name, rendezvous_port
 from pretrain.files import write_json
 from pretrain.training.stopping import hold_back_signals
 
@@ -39,15 +39,13 @@ def main(arguments: Sequence[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if arguments[0] == "train":
         hold_back_signals()
-    # Another one for each start, as ranks of an older one may live on.
-    port = 20_000 + (int(job_id) + 7919 * restarts) % 20_000
     try:
         torchrun.main(
             [
                 f"--nnodes={nodes}",
                 f"--nproc-per-node={os.environ['RANKS_PER_NODE']}",
                 "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={first}:{port}",
+                f"--rdzv-endpoint={first}:{rendezvous_port(job_id, restarts)}",
                 f"--rdzv-id={os.environ['PRETRAIN_INCARNATION']}",
                 "--max-restarts=0",
                 "--module",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 
 import pytest
 import torch.distributed as dist
 
 from pretrain import topology as topology_module
 from pretrain.cluster import meeting
+from pretrain.cluster.job import rendezvous_port
 from pretrain.errors import UserError
 from pretrain.topology import Place, check_plain_start, connect
 from tests.cluster.nodes import LONE, PAIRS, be_on_a_node, refused
@@ -49,9 +49,7 @@ def connect_rank(rank, world_size, port, recipe, outcomes):
 
 def connect_on(recipe, ranks, world_size):
     """What connect() says to these ranks of a world, whose store is on a port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = rendezvous_port(str(os.getpid()))
     context = multiprocessing.get_context("fork")
     outcomes = context.Queue()
     processes = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from pretrain.cluster.job import rendezvous_port
 from pretrain.cluster.job_script import ROOT
 
 CODE = """
@@ -29,3 +30,9 @@ def test_as_many_files_as_the_site_allows() -> None:
     given |= {"RANKS_PER_NODE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=given, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_port_that_no_connection_takes() -> None:
+    ports = [rendezvous_port(str(job), restarts) for job in (1, 11_999, 4_294_967_295) for restarts in range(8)]
+    assert min(ports) >= 20_000 and max(ports) < 32_768
+    assert len(set(ports)) == len(ports)

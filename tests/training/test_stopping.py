@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import islice
 
@@ -16,7 +14,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals
 from tests.distributed import run_ranks
 from tests.small_runs import change, read_metrics, train_on_ranks
-from tests.training.processes import ROOT, end_of, hanging_script, ranks_of, start, wait_until, write_recipe
+from tests.training.processes import end_of, hanging_script, ranks_of, start, wait_until, write_recipe
 
 STEPS = 80
 
@@ -160,26 +158,6 @@ def test_any_rank_stops_all(prepared_recipe, tensor_parallel, world_size):
         parallel={"data_parallel_size": 2, "tensor_model_parallel_size": tensor_parallel},
     )
     assert run_ranks(each_asks_once, world_size, recipe) == [[True] * world_size + [False]] * world_size
-
-
-LAUNCH = """
-import sys, subprocess
-from pathlib import Path
-import pretrain.launch as launch
-real = subprocess.Popen
-launch.subprocess.Popen = lambda command, **options: real([sys.executable, "-c", {code!r}], **options)
-sys.exit(launch.run_local_ranks([], 2, Path({logs!r})))
-"""
-
-
-@pytest.mark.parametrize(("first", "second", "common"), [(75, 75, 75), (0, 0, 0), (75, 7, 7), (7, 75, 7)])
-def test_the_launcher_gives_the_common_exit_code(tmp_path, first, second, common):
-    """Ranks that leave a second apart are waited for."""
-    code = f"import os, sys, time; r = int(os.environ['RANK']); time.sleep(r); sys.exit([{first}, {second}][r])"
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH.format(code=code, logs=str(tmp_path))], cwd=ROOT, capture_output=True, timeout=60
-    )
-    assert done.returncode == common
 
 
 def test_signals_are_as_before_afterwards():

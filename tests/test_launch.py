@@ -1,0 +1,57 @@
+"""The launcher of this machine's ranks: they meet whatever else the machine does, and it speaks for them all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_pipeline import ROOT
+
+RANK = """
+import errno, os, socket, time
+from pretrain import topology
+place = topology.place_from_environment()
+try:
+    socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])), backlog=1).close()
+    print("the port was free")
+except OSError as error:
+    print("the port is kept:", error.errno == errno.EADDRINUSE)
+time.sleep(0 if place.rank else 2)  # the others come first
+store = topology._connect_to_store(place, 30.0)
+store.set(str(place.rank), "here")
+store.wait(["0", "1"])
+store.set(f"done {place.rank}", "")
+if place.rank == 0:
+    store.wait(["done 1"])
+print("met", topology.LISTENING_SOCKET in os.environ)
+"""
+LAUNCH = """
+import subprocess, sys
+from pathlib import Path
+from pretrain import launch
+real = subprocess.Popen
+launch.subprocess.Popen = lambda command, **options: real([sys.executable, "-c", {code!r}], **options)
+sys.exit(launch.run_local_ranks([], 2, Path({logs!r})))
+"""
+
+
+def test_nobody_takes_the_port_before_rank_0_listens(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH.format(code=RANK, logs=str(tmp_path))],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    words = "the port is kept: True\nmet False\n"
+    assert (done.returncode, done.stdout) == (0, words), done.stderr
+    assert (tmp_path / "rank_00001.log").read_text() == words
+
+
+@pytest.mark.parametrize(("first", "second", "common"), [(75, 75, 75), (0, 0, 0), (75, 7, 7), (7, 75, 7)])
+def test_the_launcher_gives_the_common_exit_code(tmp_path, first, second, common):
+    """Ranks that leave a second apart are waited for."""
+    code = f"import os, sys, time; r = int(os.environ['RANK']); time.sleep(r); sys.exit([{first}, {second}][r])"
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH.format(code=code, logs=str(tmp_path))], cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.returncode == common
