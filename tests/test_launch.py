@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.test_pipeline import ROOT
+from tests.training.processes import ROOT
 
 RANK = """
 import errno, os, socket, time
@@ -37,11 +37,16 @@ sys.exit(launch.run_local_ranks([], 2, Path({logs!r})))
 """
 
 
-def test_nobody_takes_the_port_before_rank_0_listens(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH.format(code=RANK, logs=str(tmp_path))],
+def launch(code, logs):
+    """Two ranks that run ``code`` instead of a command."""
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCH.format(code=code, logs=str(logs))],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def test_nobody_takes_the_port_before_rank_0_listens(tmp_path):
+    done = launch(RANK, tmp_path)
     words = "the port is kept: True\nmet False\n"
     assert (done.returncode, done.stdout) == (0, words), done.stderr
     assert (tmp_path / "rank_00001.log").read_text() == words
@@ -51,7 +56,10 @@ def test_nobody_takes_the_port_before_rank_0_listens(tmp_path):
 def test_the_launcher_gives_the_common_exit_code(tmp_path, first, second, common):
     """Ranks that leave a second apart are waited for."""
     code = f"import os, sys, time; r = int(os.environ['RANK']); time.sleep(r); sys.exit([{first}, {second}][r])"
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH.format(code=code, logs=str(tmp_path))], cwd=ROOT, capture_output=True, timeout=60
-    )
-    assert done.returncode == common
+    assert launch(code, tmp_path).returncode == common
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path):
+    """Rank 0 would sleep on."""
+    done = launch("import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(600)", tmp_path)
+    assert done.returncode == 7 and "rank 1 ended with exit code 7" in done.stderr
