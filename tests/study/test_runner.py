@@ -144,7 +144,7 @@ def test_a_folder_of_something_else(prepared_recipe, tmp_path, capfd):
 def test_the_quick_study(tmp_path):
     """As it is shipped: eight runs on the embedded corpus."""
     process = start("study", "quick", f"output_root={tmp_path}", f"data.folder={tmp_path / 'data'}")
-    said, errors = process.communicate(timeout=1800)
+    said, errors = process.communicate(timeout=3600)
     assert process.returncode == 0, said + errors
     rows = read_records(tmp_path / "quick").to_pylist()
     assert len(rows) == 8 and {row["step"] for row in rows} == {200}
