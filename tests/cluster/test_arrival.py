@@ -19,26 +19,26 @@ from tests.small_runs import change
 
 def test_a_rank_that_does_not_arrive(recipe):
     def absent(rank, recipe, folder):
-        topology_module.LEAST_ARRIVAL_SECONDS = 1.0
+        topology_module.LEAST_ARRIVAL_SECONDS = 4.0
         return (None, None) if rank == 3 else (change(recipe, hang_timeout_minutes=0.001), folder)
 
     message = refused(recipe, 4, PAIRS, absent)
-    assert message.startswith("1 of 4 ranks did not come to the preflight within 1 s: rank 3 on node1. ")
+    assert message.startswith("1 of 4 ranks did not come to the preflight within 4 s: rank 3 on node1. ")
 
 
 def test_a_first_rank_that_does_not_arrive(recipe):
     def absent(rank, recipe, folder):
-        topology_module.LEAST_ARRIVAL_SECONDS = 1.0
+        topology_module.LEAST_ARRIVAL_SECONDS = 4.0
         return (None, None) if rank == 0 else (change(recipe, hang_timeout_minutes=0.001), folder)
 
     message = refused(recipe, 2, LONE, absent)
-    assert message.startswith("rank 1 on node1 heard nothing from rank 0 within 1 s in the preflight (")
+    assert message.startswith("rank 1 on node1 heard nothing from rank 0 within 4 s in the preflight (")
 
 
 def connect_rank(rank, world_size, port, recipe, outcomes):
     be_on_a_node(rank, PAIRS)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    topology_module.LEAST_ARRIVAL_SECONDS = 2.0
+    topology_module.LEAST_ARRIVAL_SECONDS = 4.0
     topology_module._nodes_of_job = lambda: [f"node{number}" for number in range(world_size // PAIRS)]
     try:
         outcomes.put((rank, connect(recipe).world_size))
@@ -72,7 +72,7 @@ def test_ranks_that_never_start(recipe):
     outcomes = connect_on(recipe, [0, 1, 2], 6)
     assert len(set(outcomes.values())) == 1 and set(outcomes) == {0, 1, 2}
     assert str(outcomes[0]).startswith(
-        "3 of 6 ranks did not come to the start within 2 s: rank 3 on node1, ranks 4-5; of node2 nothing was heard. "
+        "3 of 6 ranks did not come to the start within 4 s: rank 3 on node1, ranks 4-5; of node2 nothing was heard. "
     )
 
 

@@ -67,8 +67,8 @@ def test_stacks_need_no_folder(tmp_path):
 @pytest.mark.parametrize(
     ("seconds", "body"),
     [
-        (1, "for step in range(8): dog.expect(f'step {step}'); time.sleep(0.4)"),
-        (1, "dog.expect('saving', patience=4); time.sleep(2.5)"),
+        (3, "for step in range(8): dog.expect(f'step {step}'); time.sleep(0.5)"),
+        (1.5, "dog.expect('saving', patience=4); time.sleep(2.5)"),
         (1, "dog.expect('step 1'); dog.__exit__(None, None, None); time.sleep(2.5)"),
         (0, "dog.expect('step 1'); time.sleep(1)"),
     ],
