@@ -241,8 +241,7 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
             f"{place.world_size} ranks were started, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
             "start them with torchrun or slurm/launch.sh"
         )
-    listening = _number(os.environ, LISTENING_SOCKET)
-    os.environ.pop(LISTENING_SOCKET, None)  # the store takes it
+    listening = os.environ.pop(LISTENING_SOCKET, None)  # the store takes it
     opens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         return TCPStore(
@@ -253,7 +252,7 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
             datetime.timedelta(seconds=seconds),
             wait_for_workers=False,
             multi_tenant=True,
-            master_listen_fd=listening if opens else None,
+            master_listen_fd=int(listening) if opens and listening else None,
         )
     except dist.DistError as error:
         doing = "open the store" if opens else "reach rank 0"
@@ -266,7 +265,7 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
 def _slurm_rendezvous() -> tuple[str, str]:
     """The first node of this srun, where rank 0 is, and a port that other jobs on it are unlikely to use."""
     first = _node_names(os.environ["SLURM_STEP_NODELIST"])[0]
-    return first, str(rendezvous_port(os.environ.get("SLURM_JOB_ID", "0")))
+    return first, str(rendezvous_port())
 
 
 def _nodes_of_job() -> list[str]:

@@ -190,7 +190,7 @@ def test_tensorboard(runs, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_joins_the_ranks_of_a_launcher(runs, tmp_path, launcher):
     """train must not start more, and evaluate must know how many there were."""
-    port = rendezvous_port(str(os.getpid()))
+    port = rendezvous_port({"SLURM_JOB_ID": str(os.getpid())})
     commands = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
         "deepspeed": [

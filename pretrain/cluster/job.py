@@ -70,13 +70,14 @@ def node_name(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def rendezvous_port(job_id: str, restarts: int = 0) -> int:
+def rendezvous_port(environment: Mapping[str, str] = os.environ) -> int:
     """Where a job's ranks meet on its first node: a port that other jobs there are unlikely to use.
 
     Another one for each start, as ranks of an older one may live on. Below 32,768, where Linux begins to give ports to
-    connections: a port that some connection has cannot be listened on.
+    connections if it is not told otherwise: a port that some connection has cannot be listened on.
     """
-    return 20_000 + (int(job_id) + 7919 * restarts) % 12_000
+    job_id, restarts = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    return 20_000 + (job_id + 7919 * restarts) % 12_000
 
 
 def ask(command: Sequence[str]) -> str:

@@ -30,8 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         0, or the exit code of the rank that failed first.
     """
-    job_id, nodes = os.environ["SLURM_JOB_ID"], os.environ["SLURM_JOB_NUM_NODES"]
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    nodes = os.environ["SLURM_JOB_NUM_NODES"]
     first = ask(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()[0]
     # slurmd allows cores of any size, and a rank's is as large as its memory.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
                 f"--nnodes={nodes}",
                 f"--nproc-per-node={os.environ['RANKS_PER_NODE']}",
                 "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={first}:{rendezvous_port(job_id, restarts)}",
+                f"--rdzv-endpoint={first}:{rendezvous_port()}",
                 f"--rdzv-id={os.environ['PRETRAIN_INCARNATION']}",
                 "--max-restarts=0",
                 "--module",

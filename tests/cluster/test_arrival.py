@@ -49,7 +49,7 @@ def connect_rank(rank, world_size, port, recipe, outcomes):
 
 def connect_on(recipe, ranks, world_size):
     """What connect() says to these ranks of a world, whose store is on a port of this machine."""
-    port = rendezvous_port(str(os.getpid()))
+    port = rendezvous_port({"SLURM_JOB_ID": str(os.getpid())})
     context = multiprocessing.get_context("fork")
     outcomes = context.Queue()
     processes = [

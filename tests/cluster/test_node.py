@@ -33,6 +33,10 @@ def test_as_many_files_as_the_site_allows() -> None:
 
 
 def test_a_port_that_no_connection_takes() -> None:
-    ports = [rendezvous_port(str(job), restarts) for job in (1, 11_999, 4_294_967_295) for restarts in range(8)]
+    ports = [
+        rendezvous_port({"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(restarts)})
+        for job in (1, 11_999, 4_294_967_295)
+        for restarts in range(8)
+    ]
     assert min(ports) >= 20_000 and max(ports) < 32_768
     assert len(set(ports)) == len(ports)
