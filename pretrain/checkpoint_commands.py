@@ -78,7 +78,7 @@ def export(options: argparse.Namespace) -> None:
 
     from pretrain.checkpointing.huggingface.export import export_huggingface
     from pretrain.checkpointing.portable import PortableCheckpoint
-    from pretrain.data.prepare import TOKENIZER_NAME
+    from pretrain.data.prepared import TOKENIZER_NAME
 
     tokenizer = Path(recipe.data.folder) / TOKENIZER_NAME
     if not tokenizer.is_file() or file_sha256(tokenizer) != read_manifest(checkpoint)["identity"]["tokenizer_sha256"]:

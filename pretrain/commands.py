@@ -42,7 +42,7 @@ from pretrain.topology import (
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals, why_stopped
 
 if TYPE_CHECKING:
-    from pretrain.data.prepare import PreparedData
+    from pretrain.data.prepared import PreparedData
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -233,8 +233,7 @@ def _check_before_start(recipe: Recipe, world_size: int) -> PreparedData:
 
 def check_run(recipe: Recipe, world_size: int) -> PreparedData:
     """Everything that can be refused before ranks start, on any machine: layout, DeepSpeed's file, data."""
-    from pretrain.data.loader import check_length
-    from pretrain.data.prepare import PreparedData
+    from pretrain.data.prepared import PreparedData, check_length
     from pretrain.training.deepspeed_config import deepspeed_config
 
     stop_file = RunFolder(recipe.run_folder).stop_file
@@ -254,7 +253,7 @@ def _check_evaluation(recipe: Recipe) -> None:
     check_devices(recipe, recipe.local_world_size)
     if not recipe.reporting.word_similarity:
         return
-    from pretrain.data.prepare import TOKENIZER_NAME
+    from pretrain.data.prepared import TOKENIZER_NAME
     from pretrain.data.tokenizer import Tokenizer
     from pretrain.evaluation.word_similarity import read_encoded, words_in_text
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.training.processes import ROOT
+from tests.training.processes import ROOT, write_recipe
 
 RANK = """
 import errno, os, socket, time
@@ -26,6 +27,17 @@ store.set(f"done {place.rank}", "")
 if place.rank == 0:
     store.wait(["done 1"])
 print("met", topology.LISTENING_SOCKET in os.environ)
+"""
+LIGHT = """
+import sys
+from pretrain.commands import check_run
+from pretrain.quiet import quiet_third_party
+from pretrain.recipe_io import load_recipe
+quiet_third_party()
+check_run(load_recipe(sys.argv[1]), 2)
+print("megatron.core" in sys.modules)
+import pretrain.training.loop
+print("megatron.core" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
 """
 LAUNCH = """
 import subprocess, sys
@@ -63,3 +75,13 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     """Rank 0 would sleep on."""
     done = launch("import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(600)", tmp_path)
     assert done.returncode == 7 and "rank 1 ended with exit code 7" in done.stderr
+
+
+def test_a_launcher_and_its_ranks_import_no_more_than_they_use(prepared_recipe, tmp_path):
+    """Who checks a run before its ranks start does not wait for megatron-core, and they do not for the compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, write_recipe(prepared_recipe, tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "True", "False"], done.stdout + done.stderr

@@ -11,7 +11,7 @@ from pretrain.recipe import ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recip
 from pretrain.recipe_io import flatten, recipe_to_dict
 
 if TYPE_CHECKING:
-    from pretrain.data.prepare import PreparedData
+    from pretrain.data.prepared import PreparedData
 
 CHANGEABLE = ("data_sha256", "tokenizer_sha256", "optimizer.")  # where a run goes on, if that is asked for
 NOT_OF_WEIGHTS = ("data_sha256", "optimizer.")  # what only uses them does not mind

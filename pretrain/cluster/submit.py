@@ -30,8 +30,7 @@ from pretrain.cluster.queue import jobs_of, read_queue
 from pretrain.cluster.run_records import tail_records
 from pretrain.commands import check_run, is_done, text_as_given
 from pretrain.console import bytes_in_words, say
-from pretrain.data.loader import steps_per_epoch
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.errors import UserError
 from pretrain.files import lock_file, make_folder, write_text
 from pretrain.model.size import model_size

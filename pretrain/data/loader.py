@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.cluster.job import node_name
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData, check_length
 from pretrain.errors import UserError
 from pretrain.files import folder_lock
 from pretrain.recipe import Recipe
@@ -34,24 +34,6 @@ with warnings.catch_warnings():
     from megatron.core.datasets.utils import Split
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
-
-
-def steps_per_epoch(prepared: PreparedData, recipe: Recipe) -> int:
-    """Optimizer steps that see about every train token once; at least 1."""
-    return max(1, -(-prepared.train_tokens // recipe.tokens_per_step))
-
-
-def check_length(prepared: PreparedData, recipe: Recipe) -> None:
-    """
-    Raises:
-        UserError: the train split is shorter than one sequence.
-    """
-    length = recipe.model.sequence_length
-    if prepared.train_tokens < length + 1:
-        raise UserError(
-            f"the train split of {prepared.folder} has {prepared.train_tokens} tokens, one sequence needs {length + 1} "
-            f"(model.sequence_length {length} and one more); give more text or shorten the sequences"
-        )
 
 
 def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Corpus -> tokenizer -> shards -> token counts -> manifest, in one folder; and opening such a folder.
+"""Corpus -> tokenizer -> shards -> token counts -> manifest, in one folder, for :mod:`pretrain.data.prepared` to open.
 
 What is finished is kept in ``FOLDER/partial`` until the manifest is written, so an interrupted prepare continues.
 """
@@ -15,7 +15,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ from pretrain.console import bar, say
 from pretrain.data import embedded
 from pretrain.data.corpus import SPLITS, Split, documents, source_files
 from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
-from pretrain.data.shards import count_tokens, shard_paths, update_text_hash, write_split
+from pretrain.data.prepared import COUNTS_NAME, TOKENIZER_NAME, PreparedData, shard_paths
+from pretrain.data.shards import count_tokens, update_text_hash, write_split
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines
 from pretrain.data.workers import workers
 from pretrain.errors import UserError
 from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
 from pretrain.recipe import DataRecipe, Recipe
 
-TOKENIZER_NAME = "tokenizer.model"
-COUNTS_NAME = "token_counts.npy"
 PROVENANCE_NAME = "provenance.json"
 TOKENIZER_SEED = 0  # not recipe.seed: runs that differ in their seed share one folder
 _PACKAGES = ("torch", "sentencepiece", "megatron-core", "datasets", "numpy")
@@ -61,66 +59,6 @@ def prepare(recipe: Recipe) -> Manifest:
             manifest = _Preparation(data, folder).run()
             say(f"{folder} is prepared: {_summary(manifest)}")
             return manifest
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A checked data folder.
-
-    Attributes:
-        token_counts: int64 [vocab_size], how often each id is a token of the train split.
-    """
-
-    folder: Path
-    tokenizer: Tokenizer
-    manifest: Manifest
-    token_counts: np.ndarray
-
-    @classmethod
-    def open(cls, recipe: Recipe) -> PreparedData:
-        """Open ``recipe.data.folder``. Sizes are checked, the hashes of the large files are not.
-
-        Raises:
-            UserError: not prepared, prepared from another recipe, or files that are missing, truncated or changed.
-        """
-        folder = Path(recipe.data.folder)
-        manifest = Manifest.read(folder)
-        if manifest is None:
-            raise UserError(f"{folder} is not prepared; run: python -m pretrain prepare RECIPE")
-        manifest.check_inputs(recipe.data)
-        for split, entry in manifest.splits.items():
-            for path, size in zip(shard_paths(folder / split), (entry.bin_bytes, entry.idx_bytes), strict=True):
-                _check_size(path, size)
-        tokenizer = Tokenizer.load(folder / TOKENIZER_NAME)
-        made_with = {manifest.tokenizer_sha256, *(entry.tokenizer_sha256 for entry in manifest.splits.values())}
-        if made_with != {tokenizer.sha256}:
-            raise UserError(
-                f"the shards in {folder} were made with another tokenizer than {folder / TOKENIZER_NAME}; "
-                "put the right file back, or delete the folder and prepare again"
-            )
-        counts_path = folder / COUNTS_NAME
-        if not counts_path.is_file() or file_sha256(counts_path) != manifest.token_counts_sha256:
-            raise UserError(f"{counts_path} is missing or changed; delete {folder} and prepare again")
-        return cls(folder, tokenizer, manifest, np.load(counts_path))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids of the tokenizer, not padded."""
-        return self.manifest.vocab_size
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens of the train split."""
-        return self.manifest.splits["train"].tokens
-
-    @property
-    def sha256(self) -> str:
-        """One hash of the tokenizer and the shards."""
-        return self.manifest.sha256
-
-    def prefix(self, split: str) -> str:
-        """The path of a split's shard without ``.bin`` or ``.idx``."""
-        return str(self.folder / split)
 
 
 class _Preparation:
@@ -263,16 +201,6 @@ def _check_sources_unchanged(manifest: Manifest, data: DataRecipe) -> None:
         raise UserError(
             f"{data.folder} was prepared before its inputs changed: {', '.join(changed)} differs now; "
             "choose another data.folder, or delete this one and prepare again"
-        )
-
-
-def _check_size(path: Path, size: int) -> None:
-    actual = path.stat().st_size if path.is_file() else None
-    if actual != size:
-        found = "is missing" if actual is None else f"has {actual:,} bytes"
-        raise UserError(
-            f"{path} {found}, the manifest says {size:,} bytes; copy the file again, or delete {path.parent} and "
-            "prepare again"
         )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pretrain.data.manifest import SplitManifest
+from pretrain.data.prepared import shard_paths
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.files import file_sha256, replacing, write_json
 
@@ -89,11 +90,6 @@ def write_split(
         idx_bytes=idx_path.stat().st_size,
         idx_sha256=file_sha256(idx_path),
     )
-
-
-def shard_paths(prefix: Path) -> tuple[Path, Path]:
-    """The data and the index file of a shard."""
-    return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
 def update_text_hash(text_hash: Any, text: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData
 from pretrain.errors import UserError
 
 with warnings.catch_warnings():

@@ -13,8 +13,7 @@ from pretrain.checkpointing.checkpoint import Progress
 from pretrain.checkpointing.huggingface.initial_weights import load_initial_weights
 from pretrain.checkpointing.identity import identity_of
 from pretrain.checkpointing.saving import CheckpointSaver
-from pretrain.data.loader import steps_per_epoch
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.model.gpt import build_model
 from pretrain.randomness import seed_everything
 from pretrain.recipe import Recipe

@@ -16,7 +16,7 @@ from agg import VocabShard
 from agg.vocab_shard import padded_vocab_size
 from pretrain.checkpointing.huggingface.export import export_huggingface
 from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights, load_initial_weights
-from pretrain.data.prepare import TOKENIZER_NAME, PreparedData
+from pretrain.data.prepared import TOKENIZER_NAME, PreparedData
 from pretrain.errors import UserError
 from pretrain.recipe import ModelRecipe
 from tests.distributed import run_ranks

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.__main__ import main
 from pretrain.data.loader import TrainingBatches, training_dataset
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData
 from pretrain.errors import UserError
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder

@@ -11,8 +11,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from pretrain.data.loader import TrainingBatches, steps_per_epoch, training_dataset
-from pretrain.data.prepare import PreparedData, prepare
+from pretrain.data.loader import TrainingBatches, training_dataset
+from pretrain.data.prepare import prepare
+from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.errors import UserError
 from pretrain.recipe import ModelRecipe, Recipe
 from tests.data.helpers import text_recipe

@@ -13,7 +13,8 @@ from pretrain.data import prepare as prepare_module
 from pretrain.data import shards
 from pretrain.data.corpus import SPLITS, documents
 from pretrain.data.loader import training_dataset
-from pretrain.data.prepare import PreparedData, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.prepared import PreparedData
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe
 from tests.data.helpers import corpus_recipe, text_recipe, tokenizer_recipe, write_lines

@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData
 from pretrain.data.windows import IGNORED_TARGET, EvaluationWindows, TokenStream, split_tokens
 from pretrain.errors import UserError
 from pretrain.recipe import Recipe

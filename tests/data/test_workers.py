@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from pretrain.data.prepare import PreparedData, prepare
+from pretrain.data.prepare import prepare
+from pretrain.data.prepared import PreparedData
 from pretrain.data.workers import workers
 from pretrain.errors import UserError
 from tests.data.helpers import text_recipe

@@ -111,7 +111,7 @@ def first_bytes(rank: int, world_size: int, recipe: Recipe) -> int:
 
 
 def test_the_manifest_counts_the_bytes_that_tokens_stand_for(prepared_recipe):
-    from pretrain.data.prepare import PreparedData
+    from pretrain.data.prepared import PreparedData
     from pretrain.data.windows import split_tokens
 
     prepared = PreparedData.open(prepared_recipe)

@@ -15,7 +15,7 @@ import yaml
 
 from pretrain.checkpointing.folder import checkpoints_in, problems_of
 from pretrain.cluster.job import node_name
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData
 from pretrain.model.size import checkpoint_bytes
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_to_dict

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from pretrain.data.loader import steps_per_epoch, training_dataset
-from pretrain.data.prepare import PreparedData
+from pretrain.data.loader import training_dataset
+from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.errors import UserError
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks

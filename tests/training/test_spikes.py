@@ -27,7 +27,7 @@ def poisonous(recipe, value):
     """
     import pretrain.training.setup as setup
     from pretrain.data.loader import training_dataset
-    from pretrain.data.prepare import PreparedData
+    from pretrain.data.prepared import PreparedData
 
     dataset = training_dataset(PreparedData.open(recipe), recipe)
     batches = [

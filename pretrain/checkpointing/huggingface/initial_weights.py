@@ -11,7 +11,7 @@ from pretrain.checkpointing.huggingface.config import config_problems
 from pretrain.checkpointing.huggingface.files import HuggingFaceFolder
 from pretrain.checkpointing.huggingface.tensors import tensor_maps
 from pretrain.checkpointing.split import parameter_splits
-from pretrain.data.prepare import PreparedData
+from pretrain.data.prepared import PreparedData
 from pretrain.errors import UserError
 from pretrain.files import file_sha256
 from pretrain.recipe import Recipe
