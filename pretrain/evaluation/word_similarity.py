@@ -13,7 +13,6 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from scipy.stats import rankdata, spearmanr
 
 from agg import VocabShard
 from pretrain.errors import UserError
@@ -120,6 +119,8 @@ def bootstrap_interval(first: Sequence[float], second: Sequence[float]) -> list[
     are, 1,000 times, always the same ones (Efron 1979). Draws in which one column is constant have none, and do not
     count; None if no draw has, and below :data:`FEWEST_PAIRS`.
     """
+    from scipy.stats import rankdata
+
     if len(first) < FEWEST_PAIRS:
         return None
     columns = np.array([first, second])
@@ -175,6 +176,8 @@ def _read_pair(line: str, where: str) -> WordPair:
 def _one_file(
     path: Path, encode: Encode, weight: torch.Tensor, shard: VocabShard, token_counts: torch.Tensor | None
 ) -> Similarity:
+    from scipy.stats import spearmanr  # now: a second that a run without such a file is spared
+
     pairs, tokens = read_encoded(path, encode)
     vectors = _word_vectors(tokens, weight, shard)
     first = torch.stack([vectors[pair.first] for pair in pairs])
