@@ -71,15 +71,15 @@ def test_the_path_of_a_gpu_with_triton(with_triton, dtype, laid_out, options):
 
 
 def split_answer(rank: int, world_size: int, options: dict, multiple_of: int):
-    """Loss, dH and the rows of dW of this rank."""
-    problem = make_problem(ignored=0.3)
+    """Loss, dH and the rows of dW of this rank. The rare end in the second of three chunks."""
+    problem = make_problem(tokens=48, ignored=0.3)
     shard = VocabShard.of_rank(507, rank, world_size, dist.group.WORLD, multiple_of)
     rows, more = slice(shard.start, shard.stop), world_size * len(shard) - len(problem.weight)
     rare = F.pad(problem.gates.rare, (0, more))
     g1, g2 = (F.pad(gate, (0, more), value=1.0)[rows] for gate in (problem.gates.g1, problem.gates.g2))
     weight = F.pad(problem.weight, (0, 0, 0, more))[rows].float().requires_grad_()
     hidden, gates = problem.hidden.float().requires_grad_(), Gates(rare[rows], g1, g2, rare)
-    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=20, **options)
+    loss = gated_linear_cross_entropy(hidden, weight, problem.target, gates, shard, chunk_tokens=16, **options)
     weigh(loss).backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -93,7 +93,7 @@ def test_the_path_of_a_gpu_on_tensor_parallel_ranks(with_triton, tensor_parallel
     assert all(torch.equal(part[0], whole[0]) for part in parts)
     with pytest.MonkeyPatch.context() as patch:
         as_on_a_cpu(patch)
-        problem = make_problem(ignored=0.3)
+        problem = make_problem(tokens=48, ignored=0.3)
         plain, exact = answer(problem, torch.float32, **options), answer(problem, torch.float64, **options)
     assert_within(whole, plain, exact)
 
@@ -143,6 +143,8 @@ def test_a_kernel_that_does_nothing_would_show(with_triton, monkeypatch, kernel)
     monkeypatch.setattr(triton_kernels, kernel, lambda *arguments: None)
     with pytest.raises(AssertionError):
         test_the_path_of_a_gpu_with_triton(None, torch.float32, torch.clone, {})
+    with pytest.raises(AssertionError):
+        test_the_path_of_a_gpu_on_tensor_parallel_ranks(None, 2, 128, {})
     monkeypatch.setattr(kernels, kernel, lambda *arguments: arguments[1])
     monkeypatch.setattr(kernels, "triton_for", lambda tensor: None)
     with pytest.raises(AssertionError):
