@@ -21,6 +21,7 @@ from agg import AdaptiveGradientGating, VocabShard
 from pretrain.examples import fsdp, huggingface, huggingface_trainer, megatron_core, torch_loop
 from pretrain.examples.corpus import VOCAB_SIZE, zipf_batch
 from tests.distributed import run_ranks
+from tests.training.processes import with_a_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -52,8 +53,9 @@ def test_its_command_runs(name):
     *_, (launcher, arguments) = re.findall(r"``(python|torchrun) (.*)``", document)
     module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[launcher]
     done = subprocess.run(
-        [sys.executable, *module, *arguments.split()], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+        [sys.executable, *module, *arguments.split()],
+        cwd=ROOT, env=with_a_compiler(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = [float(number) for number in re.findall(r"(?<!_)loss\W+([\d.]+)", done.stdout)]
     shares = [float(number) for number in re.findall(r"rare\D+([\d.]+)", done.stdout)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.training.processes import ROOT, write_recipe
+from tests.training.processes import ROOT, with_a_compiler, write_recipe
 
 RANK = """
 import errno, os, socket, time
@@ -79,9 +78,8 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
 
 def test_a_launcher_and_its_ranks_import_no_more_than_they_use(prepared_recipe, tmp_path):
     """Who checks a run before its ranks start does not wait for megatron-core, and they do not for the compiler."""
-    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, write_recipe(prepared_recipe, tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=with_a_compiler(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.split() == ["False", "True", "False"], done.stdout + done.stderr

@@ -50,6 +50,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def with_a_compiler() -> dict[str, str]:
+    """The environment as a user has it, where :func:`pretrain.quiet.quiet_third_party` has not turned Dynamo off."""
+    return {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+
+
 def start(*arguments: str, script: str = "") -> subprocess.Popen[str]:
     """``python -m pretrain`` in a process group of its own; its ranks run ``script`` if one is given."""
     return subprocess.Popen(
