@@ -20,7 +20,7 @@ Kept = dict[int, tuple[torch.Tensor, dict[int, tuple[int, Slot]]]]
 class TokenFrequency(StepCounts):
     """Exact counts over a sliding window of optimizer steps, int64.
 
-    Each step costs one integer all-reduce of ``V_local + 4`` over the data-parallel group: the step's own
+    Each step costs one integer all-reduce of ``V_local + 5`` over the data-parallel group: the step's own
     histogram, minus the histogram that leaves the window. Step ``s`` lives in slot ``s % K``, and slot ``j`` is
     kept, sparse and in host memory, by data-parallel rank ``j % R`` alone, so the rank that stores a new step is the
     one that held the step it replaces.
@@ -80,7 +80,8 @@ class TokenFrequency(StepCounts):
         totals = self._settled().cpu()
         slots = self._stored()
         order = sorted(slots)
-        empty = torch.empty(0, dtype=torch.int32)
+        empty = torch.empty(0, dtype=torch.int32, device="cpu")
+        lengths = [len(slots[slot][0]) for slot in order]
         return {
             "version": STATE_VERSION,
             "window_steps": self.window_steps,
@@ -89,20 +90,20 @@ class TokenFrequency(StepCounts):
             "stop": self.shard.stop,
             "updates": self._updates,
             "totals": totals.clone(),
-            "slots": torch.tensor(order, dtype=torch.int64),
-            "lengths": torch.tensor([len(slots[slot][0]) for slot in order], dtype=torch.int64),
+            "slots": torch.tensor(order, dtype=torch.int64, device="cpu"),
+            "lengths": torch.tensor(lengths, dtype=torch.int64, device="cpu"),
             "rows": torch.cat([empty, *(slots[slot][0] for slot in order)]),
             "counts": torch.cat([empty, *(slots[slot][1] for slot in order)]),
         }
 
     def _keep(self, kept: Kept, part: dict[str, Any]) -> None:
         low, high = max(self.shard.start, part["start"]), min(self.shard.stop, part["stop"])
-        ends = part["lengths"].cumsum(0)
+        ends, rows, all_counts = part["lengths"].cumsum(0), part["rows"].cpu(), part["counts"].cpu()
         for slot, end, length in zip(part["slots"].tolist(), ends.tolist(), part["lengths"].tolist(), strict=True):
             if slot % self._world_size != self._rank:
                 continue
-            ids = part["rows"][end - length : end].long() + part["start"]
-            counts = part["counts"][end - length : end]
+            ids = rows[end - length : end].long() + part["start"]
+            counts = all_counts[end - length : end]
             _, pieces = kept.setdefault(slot, (counts[ids == part["stop"]], {}))
             if low < high:
                 here = (ids >= low) & (ids < high)
@@ -121,7 +122,8 @@ class TokenFrequency(StepCounts):
             at = pieces[at][0]
         if of_all is None or at < stop:
             raise ValueError(
-                f"the saved token counts lack step slot {slot} of ids {at} to {stop}; give the parts of all ranks"
+                f"the saved token counts lack step slot {slot} of ids {at} to {stop}; give the parts of all ranks, "
+                "or leave them out to count anew"
             )
         held = [pieces[low][1] for low in sorted(pieces)]
         rows = [*(rows for rows, _ in held), torch.full_like(of_all, len(self.shard))]

@@ -112,8 +112,19 @@ def rare_candidates(
 ) -> torch.Tensor:
     """bool [padded V]: ids that are neither excluded nor only pad."""
     candidates = torch.arange(padded + 1, device=device) < vocab_size  # the last entry: excluded ids that do not exist
+    check_no_mask(excluded_ids)
     excluded = torch.as_tensor(excluded_ids, dtype=torch.int64, device=device)
     return candidates.index_fill_(0, torch.where(excluded < 0, padded, excluded.clamp(max=padded)), False)[:-1]
+
+
+def check_no_mask(excluded_ids: Sequence[int] | torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: they are bool, which torch would take for the ids 0 and 1.
+    """
+    dtype = getattr(excluded_ids, "dtype", None)
+    if dtype in (torch.bool, bool) or (dtype is None and any(isinstance(excluded, bool) for excluded in excluded_ids)):
+        raise ValueError("excluded_ids are bool: of a mask give the ids, mask.nonzero().flatten()")
 
 
 def gates_of_counts(

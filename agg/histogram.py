@@ -9,7 +9,7 @@ import torch
 
 from agg.vocab_shard import VocabShard
 
-# The last entries of a step's histogram: what each number above 0 raises on all data-parallel ranks.
+# Behind the counts of a step's histogram: what each number above 0 raises on all data-parallel ranks.
 COMPLAINTS: tuple[tuple[type[Exception], str], ...] = (
     (ValueError, "{count} targets of this step are outside the vocabulary of {vocab_size} ids"),
     (
@@ -19,6 +19,9 @@ COMPLAINTS: tuple[tuple[type[Exception], str], ...] = (
     ),
     (ValueError, "{count} data-parallel ranks could not take part in this step; their own messages say why"),
 )
+# And behind these: how many steps a rank has counted, which must be as many on all.
+NEWS = len(COMPLAINTS) + 1
+STEPS_MODULO = 2**16  # so that the sum over ranks fits into an int32
 
 
 def step_histogram(targets: torch.Tensor, places: torch.Tensor, size: int, ignore_index: int) -> torch.Tensor:
@@ -27,13 +30,13 @@ def step_histogram(targets: torch.Tensor, places: torch.Tensor, size: int, ignor
         places: of :func:`places_of_ids`. size: V_local.
 
     Returns:
-        int32 [V_local + 4]: occurrences of each row; how many targets; how many outside the vocabulary; 0, 0.
+        int32 [V_local + 5]: occurrences of each row; how many targets; how many outside the vocabulary; 0, 0, 0.
     """
     flat = targets.reshape(-1).long()
     place = places[flat.clamp(-1, len(places) - 2)].masked_fill_(flat == ignore_index, size + 2)
-    histogram = torch.zeros(size + 1 + len(COMPLAINTS), dtype=torch.int32, device=targets.device)
+    histogram = torch.zeros(size + 1 + NEWS, dtype=torch.int32, device=targets.device)
     histogram.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
-    counted, _, ignored, _ = histogram[size:].unbind()
+    counted, _, ignored, *_ = histogram[size:].unbind()
     counted.fill_(len(flat)).sub_(ignored)
     ignored.zero_()
     return histogram

@@ -134,7 +134,8 @@ def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tenso
     """Shapes, dtypes and rows of one loss call; see :func:`gated_linear_cross_entropy`."""
     if hasattr(weight, "placements"):
         raise ValueError(
-            "weight is a sharded DTensor: call the loss inside the forward of the module whose parameters FSDP gathers"
+            "weight is a sharded DTensor: call the loss inside the forward of the module whose parameters FSDP "
+            "gathers, or with tensor parallelism give weight.to_local(), and a VocabShard of its group"
         )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -35,7 +35,13 @@ class AdaptiveGradientGating(torch.nn.Module):
 
     A loss that is not finite comes back as it is, as from torch's; unless :meth:`undo_step` takes the step back, all
     data-parallel ranks raise FloatingPointError in the step after (on a GPU, the one after that), so that none is left
-    waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite.
+    waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite. A
+    loss is of one rank, a step of all: what one finds the others must be told, so that all take the step back or none.
+
+    In ``state_dict()`` are the counts that this rank holds. Where there are several ranks those of one are not the
+    window, and as checkpoints that rank 0 writes hold the state of one, torch.distributed.checkpoint also for one rank
+    only a state whose sizes do not change: keep ``get_extra_state()`` of each rank in a file of its own, outside the
+    state of the model (``pretrain/examples`` show it).
 
     Where activation checkpointing holds the loss, what it does again is not counted again. Under ``torch.compile`` on
     a CPU the answer is the same, and the graph breaks wherever a value is read.
@@ -131,7 +137,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         self._count(targets)
 
     def undo_step(self) -> None:
-        """Take back the count of a step that is skipped, and what its loss was.
+        """Take back the count of a step that is skipped, and what its loss was: on all ranks.
 
         Raises:
             RuntimeError: there is none to take back; only the last one can be.
@@ -229,7 +235,7 @@ class AdaptiveGradientGating(torch.nn.Module):
         return loss
 
     def get_extra_state(self) -> dict[str, Any]:
-        """For ``state_dict()``: this rank's part of the counts, on the CPU."""
+        """For ``state_dict()``: this rank's part of the counts, on the CPU; all ranks save theirs."""
         return self.frequency.state_dict()
 
     def set_extra_state(self, state: dict[str, Any] | Iterable[dict[str, Any]]) -> None:

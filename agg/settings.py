@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from agg.gating import check_no_mask
 from agg.linear_cross_entropy import check_options
 from agg.step_counts import check_membership, check_window_steps
 from agg.vocab_shard import VocabShard
@@ -47,6 +48,7 @@ def check_settings(shard: VocabShard, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"rare_fraction is {rare_fraction}, must be above 0 and below 1")
     if not isinstance(reference, int) or reference < 1:
         raise ValueError(f"reference_batch_tokens is {reference}, must be a whole number of at least 1")
+    check_no_mask(settings["excluded_ids"])
     for excluded in _ids(settings["excluded_ids"]):
         if not isinstance(excluded, numbers.Integral):
             raise ValueError(f"excluded_ids has {excluded!r}, must be whole numbers")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from agg.histogram import COMPLAINTS, places_of_ids, step_histogram
+from agg.histogram import COMPLAINTS, NEWS, STEPS_MODULO, places_of_ids, step_histogram
 from agg.host_copy import HostCopy
 from agg.vocab_shard import Gathering, VocabShard, refused_elsewhere
 
@@ -47,7 +47,8 @@ class StepCounts(ABC):
         self._places: torch.Tensor | None = None  # of ids in a step's histogram
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
         self._gathering: Gathering | None = None  # of the totals
-        self._complaints: HostCopy | None = None  # of the last histogram, looked at once that costs no wait
+        # Of the last histogram, looked at once that costs no wait; and what the sum of steps must be.
+        self._news: tuple[HostCopy, int] | None = None
         self._undo: Any = None  # what takes back the last update; None: there is none
         self._refusal: Exception | None = None  # why this rank cannot take part in the gather of the step
 
@@ -147,6 +148,7 @@ class StepCounts(ABC):
         Raises:
             ValueError: on all ranks of the group, when the counts are next read, if any of them gave an id outside
                 the vocabulary, or had a problem. On a GPU, where looking would stall it, at the update after that.
+            ValueError: likewise, if they have counted different numbers of steps.
             FloatingPointError: likewise, if any of them told of a fault.
             TypeError: targets that are not integers.
         """
@@ -166,7 +168,9 @@ class StepCounts(ABC):
             self._places = places_of_ids(self.shard, targets.device)
         histogram = step_histogram(targets, self._places, len(self.shard), ignore_index)
         if fault is not None:
-            histogram[-2] = fault
+            histogram[-3] = fault
+        if self._world_size > 1:
+            histogram[-1] = self._updates % STEPS_MODULO
         delta = self._outgoing(histogram)
         work = dist.all_reduce(delta, group=self._group, async_op=True) if self._world_size > 1 else None
         self._pending = (work, delta)
@@ -174,8 +178,8 @@ class StepCounts(ABC):
     def _tell(self, problem: Exception, device: torch.device) -> NoReturn:
         """Take part in the all-reduce of this step with nothing but the news of ``problem``, and raise it."""
         if self._world_size > 1:
-            histogram = torch.zeros(len(self.shard) + len(COMPLAINTS) + 1, dtype=torch.int32, device=device)
-            histogram[-1] = 1
+            histogram = torch.zeros(len(self.shard) + 1 + NEWS, dtype=torch.int32, device=device)
+            histogram[-2], histogram[-1] = 1, self._updates % STEPS_MODULO
             dist.all_reduce(self._outgoing(histogram), group=self._group)
         raise problem
 
@@ -193,12 +197,13 @@ class StepCounts(ABC):
             if work is not None:
                 work.wait()
             self._pending = None
-            counts, self._complaints = delta[: -len(COMPLAINTS)], HostCopy(delta[-len(COMPLAINTS) :])
-            told = self._complaint() if self._complaints.is_here else None
+            news, steps = HostCopy(delta[-NEWS:]), self._updates % STEPS_MODULO
+            self._news = (news, steps * self._world_size if self._world_size > 1 else 0)
+            told = self._complaint() if news.is_here else None
             if told is not None:
                 self._refusal = told if self.shard.tells_refusals else None
                 raise told
-            self._apply(counts)
+            self._apply(delta[:-NEWS])
             self._updates += 1
         if self._refusal is not None:
             raise self._refusal
@@ -206,11 +211,18 @@ class StepCounts(ABC):
 
     def _complaint(self) -> Exception | None:
         """What the last histogram tells of: see :meth:`update`."""
-        complaints, self._complaints = self._complaints, None
-        if complaints is not None:
-            for (error, message), count in zip(COMPLAINTS, complaints.get().tolist(), strict=True):
-                if count:
-                    return error(message.format(count=count, vocab_size=self.shard.vocab_size))
+        if self._news is None:
+            return None
+        (news, expected_steps), self._news = self._news, None
+        *complaints, steps = news.get().tolist()
+        for (error, message), count in zip(COMPLAINTS, complaints, strict=True):
+            if count:
+                return error(message.format(count=count, vocab_size=self.shard.vocab_size))
+        if steps != expected_steps:
+            return ValueError(
+                "data-parallel ranks have counted different numbers of steps, so that their windows no longer fit "
+                "together: take a step back on all ranks or on none, and load counts of one step on all"
+            )
         return None
 
     def _outgoing(self, histogram: torch.Tensor) -> torch.Tensor:
@@ -230,8 +242,8 @@ class StepCounts(ABC):
                 has changed then.
         """
         size, start = len(self.shard), self.shard.start
-        totals = torch.zeros(size + 1, dtype=self._totals_dtype)
-        covered = torch.zeros(size, dtype=torch.bool)
+        totals = torch.zeros(size + 1, dtype=self._totals_dtype, device="cpu")
+        covered = torch.zeros(size, dtype=torch.bool, device="cpu")
         updates: int | None = None
         kept: dict[int, Any] = {}
         for part in [states] if isinstance(states, dict) else states:
@@ -253,7 +265,7 @@ class StepCounts(ABC):
         self._resume(updates, kept)
         self._forget_gathered()
         self._totals, self._updates = totals, updates
-        self._pending = self._complaints = self._undo = self._refusal = None
+        self._pending = self._news = self._undo = self._refusal = None
 
     def _check_part(self, part: dict[str, Any], updates: int) -> None:
         for key, expected in (
@@ -261,10 +273,14 @@ class StepCounts(ABC):
             ("window", self._kind),
             ("window_steps", self.window_steps),
             ("vocab_size", self.shard.vocab_size),
-            ("updates", updates),
         ):
             if part.get(key) != expected:
                 raise ValueError(f"saved token counts have {key} {part.get(key)}, this run has {expected}")
+        if part["updates"] != updates:
+            raise ValueError(
+                f"the parts of the saved token counts are of different steps, {updates} and {part['updates']}: "
+                "give those of one checkpoint"
+            )
 
     @abstractmethod
     def _keep(self, kept: dict[int, Any], part: dict[str, Any]) -> None:
@@ -286,7 +302,7 @@ class StepCounts(ABC):
         """Bring the totals up to date with the reduced histogram [V_local + 1] of a step; sets what undoes it."""
 
     def undo_update(self) -> None:
-        """Take back the last update, for a step that was skipped. Only one can be taken back.
+        """Take back the last update, for a step that was skipped: on all ranks. Only one can be taken back.
 
         Raises:
             RuntimeError: there is none to take back.

@@ -79,7 +79,8 @@ class Sweep:
             self._complete_hidden()
         self.losses = self._terms.new_zeros(len(self.hidden)).scatter_(0, self.positions.order, self._terms[0])
         if self.job.probe is not None:
-            self.job.probe.token_losses.append((self.job.target, self.losses))
+            # Of its own: with reduction "none" the losses are the caller's, to weigh in place.
+            self.job.probe.token_losses.append((self.job.target, self.losses.clone()))
         return GradientSums(self.losses, self._hidden_sum, self._weight_sum, factor, self.hidden.dtype)
 
     def _chunk(self, first: int, end: int) -> None:

@@ -15,8 +15,20 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
+import agg.linear_cross_entropy
 from agg import AdaptiveGradientGating, VocabShard
 from pretrain.examples import fsdp, huggingface, huggingface_trainer, megatron_core, torch_loop
 from pretrain.examples.corpus import VOCAB_SIZE, zipf_batch
@@ -176,6 +188,40 @@ def initialize_megatron(degree):
     )
 
 
+def test_megatron_core_goes_on_with_its_counts_on_another_layout(tmp_path):
+    run_ranks(saving_megatron, 4, 2, tmp_path)
+    for degree in (1, 4):
+        for rare, expected in run_ranks(loading_megatron, 4, degree, tmp_path):
+            assert torch.equal(rare, expected) and 0.1 < expected.double().mean() < 0.9
+
+
+def saving_megatron(rank, world_size, degree, folder):
+    megatron_core.save_counts(megatron_that_counted(degree, 4), folder)
+
+
+def loading_megatron(rank, world_size, degree, folder):
+    loss_of = megatron_that_counted(degree, 0)
+    megatron_core.load_counts(loss_of, folder)
+    loaded = loss_of.current_gates().rare_ids
+    expected = megatron_core.build().loss_of
+    count_steps(expected, 4)
+    return loaded, expected.current_gates().rare_ids
+
+
+def megatron_that_counted(degree, steps):
+    initialize_megatron(degree)
+    loss_of = megatron_core.build().loss_of
+    count_steps(loss_of, steps)
+    return loss_of
+
+
+def count_steps(loss_of, steps):
+    rank = megatron_core.parallel_state.get_data_parallel_rank()
+    ranks = megatron_core.parallel_state.get_data_parallel_world_size()
+    for step in range(steps):
+        loss_of.begin_step(zipf_batch(step)[rank::ranks, 1:])
+
+
 def test_megatron_core_evaluates_the_cross_entropy_of_its_own_logits():
     for gated, plain, steps in run_ranks(megatron_evaluation, 2):
         assert gated == pytest.approx(plain, rel=1e-12) and steps == 0
@@ -273,6 +319,41 @@ def test_hugging_face_loop_does_not_depend_on_micro_batches():
     assert same(huggingface.train(huggingface.small_gpt2(), STEPS, micro_batches=4), whole)
 
 
+def other_heads():
+    size = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    size |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    gemma = Gemma2Config(**size, head_dim=8, final_logit_softcapping=1.0)
+    return {
+        "biased": PhiForCausalLM(PhiConfig(**size)),
+        "scaled": GraniteForCausalLM(GraniteConfig(**size, logits_scaling=8.0)),
+        "capped": Gemma2ForCausalLM(gemma),
+    }
+
+
+@pytest.mark.parametrize("head", ["biased", "scaled", "capped"])
+def test_hugging_face_models_whose_logits_are_others_are_refused(head):
+    torch.manual_seed(0)
+    model, loss_of = other_heads()[head], huggingface.build_loss(VOCAB_SIZE)
+    with pytest.raises(ValueError, match=f"the logits of {type(model).__name__} are not hidden states times output"):
+        huggingface.check_logits(model, loss_of)
+    if head == "capped":
+        loss_of.soft_cap = 1.0
+        huggingface.check_logits(model, loss_of)
+
+
+def test_hugging_face_models_whose_logits_are_the_product_are_taken():
+    for model in small_models():
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            huggingface.check_logits(model.to(dtype).train(), huggingface.build_loss(VOCAB_SIZE))
+            assert model.training
+
+
 # Hugging Face's Trainer
 
 
@@ -323,6 +404,41 @@ def evaluating_trainer(rank, world_size, folder):
     with torch.no_grad():
         plain = trainer.model(input_ids=labels.clamp(min=0), labels=labels).loss.item()
     return evaluated, plain, trainer.loss_of.frequency.steps
+
+
+def test_trainer_goes_through_a_stream_of_unknown_length_again(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    (steps,) = run_ranks(streaming_trainer, 1, str(tmp_path))
+    assert steps == (6, 6)
+
+
+def streaming_trainer(rank, world_size, folder):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):  # three steps
+            for sequence in (sequence for step in range(3) for sequence in zipf_batch(step)):
+                yield {"input_ids": sequence.clamp(min=0), "labels": sequence}
+
+    trainer = huggingface_trainer.train(huggingface.small_gpt2(), folder, 6, dataset=Stream())
+    return trainer.state.global_step, trainer.loss_of.frequency.steps
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer_takes_the_loss_in_its_precision(bf16, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    (dtypes,) = run_ranks(dtypes_of_the_loss, 1, str(tmp_path), bf16)
+    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def dtypes_of_the_loss(rank, world_size, folder, bf16):
+    seen, run = set(), agg.linear_cross_entropy.Sweep.run
+
+    def recorded(sweep):
+        seen.add(sweep.hidden.dtype)
+        return run(sweep)
+
+    agg.linear_cross_entropy.Sweep.run = recorded
+    huggingface_trainer.train(huggingface.small_gpt2(), folder, 1, bf16=bf16)
+    return seen
 
 
 @pytest.mark.parametrize("lost", [False, True])

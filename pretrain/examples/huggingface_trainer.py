@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from pretrain.examples.corpus import zipf_batch
-from pretrain.examples.huggingface import build_loss, small_gpt2, summed_loss
+from pretrain.examples.huggingface import build_loss, check_logits, small_gpt2, summed_loss
 
 
 class GatedTrainer(Trainer):  # type: ignore[misc]
@@ -29,16 +30,20 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**arguments)
         group = dist.group.WORLD if self.args.world_size > 1 else None
         self.loss_of = build_loss(self.model.config.vocab_size, group)
+        check_logits(self.model, self.loss_of)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Here the Trainer draws all micro-batches of an optimizer step, so here their targets are counted."""
         batches, valid = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.loss_of.begin_step(torch.cat([batch["labels"][:, 1:].flatten() for batch in batches]))
+        if batches:  # none after the last of a stream whose length is not known: no step follows
+            self.loss_of.begin_step(torch.cat([batch["labels"][:, 1:].flatten() for batch in batches]))
         return batches, valid
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Valid targets of all ranks. The Trainer's own count takes in the first label where it does not know the loss
         of the model's class, GPT2LMHeadModel for one."""
+        if not batch_samples:
+            return None
         valid = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]).sum()
         total: torch.Tensor = self.accelerator.reduce(valid.to(device), reduction="sum")
         return total
@@ -51,7 +56,8 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         outputs = model(**inputs, output_hidden_states=True, logits_to_keep=1)
         self.loss_of.train(model.training)
         weight = self.model.get_output_embeddings().weight
-        loss = summed_loss(self.loss_of, outputs.hidden_states[-1], weight, labels)
+        with self.accelerator.autocast():  # the model's own, which ends with its forward
+            loss = summed_loss(self.loss_of, outputs.hidden_states[-1], weight, labels)
         loss = loss / num_items_in_batch * self.args.world_size  # DDP takes the mean over ranks: this makes it a sum
         return (loss, outputs) if return_outputs else loss
 
@@ -71,7 +77,9 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         self.loss_of.set_extra_state(torch.load(part) for part in parts)  # of any number of ranks
 
 
-def train(model: PreTrainedModel, folder: str, steps: int = 30, **options: Any) -> GatedTrainer:
+def train(
+    model: PreTrainedModel, folder: str, steps: int = 30, dataset: Dataset[Any] | None = None, **options: Any
+) -> GatedTrainer:
     """Steps of 16 sequences, on any number of ranks; ``options`` are TrainingArguments."""
     labels = [sequence for step in range(steps) for sequence in zipf_batch(step)]
     arguments: dict[str, Any] = {
@@ -92,7 +100,7 @@ def train(model: PreTrainedModel, folder: str, steps: int = 30, **options: Any) 
     trainer = GatedTrainer(
         model=model,
         args=TrainingArguments(folder, **(arguments | options)),
-        train_dataset=[{"input_ids": sequence.clamp(min=0), "labels": sequence} for sequence in labels],
+        train_dataset=dataset or [{"input_ids": sequence.clamp(min=0), "labels": sequence} for sequence in labels],
     )
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return trainer

@@ -7,13 +7,16 @@ micro-batches of the step, set labels to -100 where the loss mask is 0, give the
 ``iter(batches)``. Let ``loss_func`` return the sum and how many labels it is over, with
 ``--calculate-per-token-loss``. Here a plain loop stands for its schedules and optimizer, which need a GPU. With context
 parallelism the group of the counts is ``parallel_state.get_data_parallel_group(with_context_parallel=True)``. With
-pipeline parallelism only the last stage has the loss, and only it calls ``begin_step``.
+pipeline parallelism only the last stage has the loss, and only it calls ``begin_step``. Megatron-LM's checkpoints do
+not hold the counts: call ``save_counts`` after each, and ``load_counts`` after it has loaded one, with the folder of
+that iteration; else each start begins with an empty window, in which nearly everything is rare.
 
 Letters: B sequences, S tokens of a sequence, D hidden size, V_padded rows of the whole output embedding.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +88,16 @@ def build(tied: bool = False, **options: Any) -> GatedGPTModel:
         max_sequence_length=64,
         share_embeddings_and_output_weights=tied,
     )
+
+
+def save_counts(loss_of: AdaptiveGradientGating, folder: Path) -> None:
+    """Each rank that has the loss saves its part."""
+    torch.save(loss_of.get_extra_state(), folder / f"token_counts_{dist.get_rank()}.pt")
+
+
+def load_counts(loss_of: AdaptiveGradientGating, folder: Path) -> None:
+    """From any number of data-parallel and tensor-parallel ranks."""
+    loss_of.set_extra_state(torch.load(part) for part in sorted(folder.glob("token_counts_*.pt")))
 
 
 def train(steps: int = 30, micro_batches: int = 2, tied: bool = False) -> tuple[list[float], torch.Tensor]:

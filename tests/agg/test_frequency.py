@@ -127,6 +127,37 @@ def test_state_continues_the_window():
     assert torch.equal(whole.appearances, second.appearances) and whole.tokens == second.tokens
 
 
+class Elsewhere(torch.Tensor):
+    """Not on the CPU, as far as one can see: what is made of it is one too, but for :meth:`cpu`."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_state_that_was_loaded_to_a_gpu_is_held_on_the_cpu():
+    first, second = (TokenFrequency(VocabShard.of_rank(50, 0, 1), 4) for _ in range(2))
+    for batch in batches(6):
+        first.update(batch)
+    state = first.state_dict()
+    second.load_state_dict(
+        {key: x.as_subclass(Elsewhere) if isinstance(x, torch.Tensor) else x for key, x in state.items()}
+    )
+    assert len(second._stored()) == 4
+    assert all(type(part) is torch.Tensor for slot in second._stored().values() for part in slot)
+
+
+@pytest.mark.parametrize("kind", [TokenFrequency, DecayedTokenFrequency])
+def test_the_state_is_on_the_cpu_whatever_the_default_device(kind):
+    first, second = (kind(VocabShard.of_rank(50, 0, 1), 4) for _ in range(2))
+    for batch in batches(6):
+        first.update(batch)
+    with torch.device("meta"):  # where a trainer would name a GPU
+        second.load_state_dict(first.state_dict())
+        state = second.state_dict()
+    assert {x.device.type for x in state.values() if isinstance(x, torch.Tensor)} == {"cpu"}
+    assert torch.equal(state["totals"], first.state_dict()["totals"])
+
+
 def test_exponential_window_fades():
     seen, frequency = batches(6), DecayedTokenFrequency(VocabShard.of_rank(50, 0, 1), 4)
     expected = torch.zeros(128, dtype=torch.float64)

@@ -75,6 +75,8 @@ def test_rare_fraction_with_equal_counts_special_and_unseen_ids():
     counts = [5, 5, 5, 5, 9, 9, 20, 30, 0, 0, 1, 1]
     assert fraction_gates(counts, 0.5).rare.tolist() == [True] * 4 + [False] * 4 + [True] * 4  # 6 of 10; 2 are further
     assert fraction_gates(counts, 0.3).rare.tolist() == [False] * 8 + [True] * 4  # 2 of 10; 6 are further
+    with pytest.raises(ValueError, match="excluded_ids are bool"):
+        fraction_gates(counts, 0.6, excluded_ids=torch.arange(len(counts)) > 7)
     assert fraction_gates(counts, 0.6, excluded_ids=(8, 10)).rare.tolist() == (
         [True] * 4 + [False] * 4 + [False, True, False, True]
     )

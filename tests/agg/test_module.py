@@ -194,6 +194,8 @@ def test_mixing_the_two_ways_of_counting_is_refused():
         ({"chunk_tokens": 2.5}, "chunk_tokens is 2.5, must be a whole number"),
         ({"excluded_ids": 3}, "not iterable"),
         ({"excluded_ids": torch.tensor([1.5])}, "excluded_ids has 1.5, must be whole numbers"),
+        ({"excluded_ids": torch.ones(507) > 0}, "excluded_ids are bool: of a mask give the ids"),
+        ({"excluded_ids": [False] * 506 + [True]}, "excluded_ids are bool: of a mask give the ids"),
     ],
 )
 def test_bad_input(options, message):

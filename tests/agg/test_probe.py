@@ -93,6 +93,17 @@ def test_backward_of_single_losses_is_not_counted_again() -> None:
     assert len(probe.token_losses) == 2
 
 
+def test_single_losses_that_are_weighed_in_place_stay_as_they_were_measured() -> None:
+    problem, probe = make_problem(), LossProbe()
+    hidden = problem.hidden.clone().requires_grad_()
+    given = (hidden, problem.weight, problem.target, problem.gates, problem.shard(0, 1))
+    losses = gated_linear_cross_entropy(*given, reduction="none", probe=probe)
+    before = losses.detach().clone()
+    losses.mul_(0.5)
+    ((_, measured),) = probe.token_losses
+    assert torch.equal(measured, before) and not measured.requires_grad
+
+
 def test_of_capped_logits() -> None:
     problem = make_problem()
     capped = 2 * torch.tanh(problem.hidden @ problem.weight.T / 2)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from agg import AdaptiveGradientGating, TokenFrequency, VocabShard, gated_linear_cross_entropy
+from agg import AdaptiveGradientGating, DecayedTokenFrequency, TokenFrequency, VocabShard, gated_linear_cross_entropy
 from tests.agg.problems import make_problem
 from tests.distributed import caught, run_ranks
 from tests.invariance.agg_layouts import groups
@@ -56,6 +56,29 @@ def nan_that_is_skipped(rank: int, world_size: int):
 
 def test_a_step_that_is_taken_back_leaves_no_fault():
     assert run_ranks(nan_that_is_skipped, 2) == [("no error", 1)] * 2
+
+
+def a_step_that_one_rank_alone_takes_back(rank: int, world_size: int, kind):
+    """Without an error its windows would never fit those of the others again."""
+    frequency = kind(VocabShard(0, 512, 507), 3, dist.group.WORLD)
+    for step in range(5):
+        frequency.update(torch.tensor([step, 2 * rank]))
+    if rank == 1:
+        frequency.undo_update()
+    assert frequency.steps == 3
+
+    def count():
+        frequency.update(torch.tensor([7]))
+        return frequency.tokens
+
+    return caught(count)
+
+
+@pytest.mark.parametrize("kind", [TokenFrequency, DecayedTokenFrequency])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_that_is_not_taken_back_on_all_ranks(kind, world_size):
+    for error in run_ranks(a_step_that_one_rank_alone_takes_back, world_size, kind):
+        assert error.startswith("ValueError: data-parallel ranks have counted different numbers of steps")
 
 
 def target_outside_on_one_rank(rank: int, world_size: int):
