@@ -31,6 +31,7 @@ NOT_OF_A_RUN = (
     "logs",
     "jobs.jsonl",
     "job.sbatch",
+    "job.yaml",
     "state.json",
     "aside",
     "resharding",
@@ -56,6 +57,7 @@ class RunFolder:
         self.stacks = path / "stacks"
         self.jobs_file = path / "jobs.jsonl"
         self.job_script = path / "job.sbatch"
+        self.job_recipe = path / "job.yaml"  # what that trains
         self.stop_file = path / "STOP"
 
     def saved_recipe(self) -> Recipe:

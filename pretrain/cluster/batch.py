@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from pretrain.cluster.endings import STOPPED, Ending, how_it_ended
 from pretrain.cluster.incarnation import take_over
 from pretrain.cluster.job import Job, ask, job_from_environment, read_events, record_event, state_of
 from pretrain.errors import EXIT_USER_ERROR, UserError
-from pretrain.files import make_folder
+from pretrain.files import make_folder, write_json
 from pretrain.recipe_io import load_recipe
 from pretrain.run_folder import RunFolder
 
 BEGINS_WITHOUT_PROGRESS = 2  # in a row; then a job does not start again by itself
 EXIT_BROKEN = 1
+ENDING = "ending.json"  # in the folder of the logs: code and reason of this start, for pretrain.study.job
+ANSWER_SECONDS, RETRY_SECONDS = 120.0, 5.0  # the controller may be busy, or starting again
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,9 +53,11 @@ def _begin(arguments: Sequence[str]) -> int:
         earlier = _begins(folder, job)
         trouble = _trouble_of_training(earlier, step)
         if trouble and step < _last_step(options):
-            print(f"error: {trouble}", file=sys.stderr)
-            return EXIT_BROKEN
-        take_over(folder.path, job)
+            return _refuse(folder, job, logs, step, EXIT_BROKEN, trouble)
+        try:
+            take_over(folder.path, job)
+        except UserError as error:
+            return _refuse(folder, job, logs, step, EXIT_USER_ERROR, str(error))
         _say_what_was_before(folder, earlier)
         record_event(
             folder.jobs_file,
@@ -68,6 +73,13 @@ def _begin(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _refuse(folder: RunFolder, job: Job, logs: Path, step: int, code: int, reason: str) -> int:
+    """Say why no rank starts, and record it as the end of this start."""
+    print(f"error: {reason}", file=sys.stderr)
+    _record_end(folder, job, logs, {"code": code, "reason": reason, "step": step, "action": "failed"}, True)
+    return code
+
+
 def _end(logs: Path, launcher_code: int) -> int:
     job, world_size = job_from_environment(), int(os.environ["PRETRAIN_WORLD_SIZE"])
     folder = RunFolder(logs.parent.parent)
@@ -75,29 +87,57 @@ def _end(logs: Path, launcher_code: int) -> int:
     is_training, step = logs.name == job.incarnation, _saved_step(folder)
     action, code = {0: "done", STOPPED: "stopped"}.get(ending.code, "failed"), ending.code
     reason = ending.reason
-    if _wants_to_go_on(ending, job):
-        trouble = _trouble_of_training(_begins(folder, job), step) if is_training else _trouble_of_others(logs, job)
-        if trouble:
-            action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {trouble}"
-        else:
-            action = "requeued"
-    if is_training:
-        _record_end(folder, job, {"code": code, "reason": reason, "step": step, "action": action})
-    where = f" (logs of each rank: {logs})" if action == "failed" else ""
-    at = f" at step {step:,}" if is_training else ""
-    print(f"job {job.incarnation} {action}{at}{reason and ': '}{reason}{where}", flush=True)
+    try:
+        if _wants_to_go_on(ending, job):
+            trouble = _trouble_of_training(_begins(folder, job), step) if is_training else _trouble_of_others(logs, job)
+            if trouble:
+                action, code, reason = "failed", EXIT_BROKEN, f"{reason}; {trouble}"
+            else:
+                action = "requeued"
+    except UserError as error:
+        reason = f"{reason}; not put back into the queue, submit it again: {error}"
+
+    def tell() -> None:
+        facts = {"code": code, "reason": reason, "step": step, "action": action}
+        _record_end(folder, job, logs, facts, is_training)
+        where = f" (logs of each rank: {logs})" if action == "failed" else ""
+        at = f" at step {step:,}" if is_training else ""
+        print(f"job {job.incarnation} {action}{at}{reason and ': '}{reason}{where}", flush=True)
+
+    tell()  # before SLURM ends this shell
     if action == "requeued":
-        ask(["scontrol", "requeue", job.job_id])
+        try:
+            _until_answered(lambda: ask(["scontrol", "requeue", job.name]))
+        except UserError as error:
+            action, reason = "stopped", f"{reason}; not put back into the queue, submit it again: {error}"
+            tell()
     return code
 
 
-def _record_end(folder: RunFolder, job: Job, facts: dict[str, Any]) -> None:
+def _record_end(folder: RunFolder, job: Job, logs: Path, facts: dict[str, Any], is_training: bool) -> None:
     try:
-        record_event(
-            folder.jobs_file, "end", incarnation=job.incarnation, job_id=job.job_id, restarts=job.restarts, **facts
-        )
+        write_json(logs / ENDING, facts)
+        if is_training:
+            record_event(
+                folder.jobs_file, "end", incarnation=job.incarnation, job_id=job.job_id, restarts=job.restarts, **facts
+            )
     except OSError as error:  # what follows must still be said
-        print(f"cannot write {folder.jobs_file}: {error.strerror}", file=sys.stderr)
+        print(f"cannot write {error.filename or folder.path}: {error.strerror}", file=sys.stderr)
+
+
+def _until_answered(question: Callable[[], str]) -> str:
+    """
+    Raises:
+        UserError: SLURM does not answer for two minutes.
+    """
+    give_up = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return question()
+        except UserError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(RETRY_SECONDS)
 
 
 def _suffix(verb: str, options: argparse.Namespace) -> str:
@@ -167,11 +207,17 @@ def _say_what_was_before(folder: RunFolder, earlier: Sequence[dict[str, Any]]) -
 
 
 def _wants_to_go_on(ending: Ending, job: Job) -> bool:
-    """Its time is nearly over or a node is lost, and SLURM may start it again. A job that was cancelled may not."""
+    """Its time is nearly over or a node is lost, and SLURM may start it again. A job that was cancelled may not.
+
+    Raises:
+        UserError: SLURM does not say.
+    """
     time_is_over = "SIGUSR1" in ending.stopped_by and "STOP" not in ending.stopped_by
     if not (time_is_over or ending.lost_node):
         return False
-    return state_of(job.job_id) == "RUNNING" and " Requeue=1 " in ask(["scontrol", "show", "job", job.job_id])
+    if _until_answered(lambda: state_of(job.job_id)) != "RUNNING":
+        return False
+    return " Requeue=1 " in _until_answered(lambda: ask(["scontrol", "show", "job", job.name]))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ class Job:
     restarts: int
     chain: str  # the array that this job is a part of, otherwise the job itself
     nodes: tuple[str, ...]
+    task: str | None = None  # its place in the array
+
+    @property
+    def name(self) -> str:
+        """As SLURM's commands take it: the last task of an array has the array's number, which means all of them."""
+        return self.job_id if self.task is None else f"{self.chain}_{self.task}"
 
     @property
     def incarnation(self) -> str:
@@ -57,12 +63,18 @@ def job_from_environment(environment: Mapping[str, str] = os.environ) -> Job:
         int(environment.get("SLURM_RESTART_COUNT", "0")),
         chain_of(environment),
         tuple(nodes),
+        environment.get("SLURM_ARRAY_TASK_ID"),
     )
 
 
 def chain_of(environment: Mapping[str, str] = os.environ) -> str:
     """The array that this job is a part of, otherwise the job itself; empty outside a job."""
     return environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+
+
+def incarnation_of(environment: Mapping[str, str] = os.environ) -> str:
+    """:attr:`Job.incarnation` of the job that this process runs in."""
+    return f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:
@@ -101,7 +113,9 @@ def state_of(job_id: str) -> str:
         UserError: SLURM does not answer.
     """
     try:
-        return ask(["squeue", "--noheader", "--jobs", job_id, "--states", "all", "--format", "%T"]).strip()
+        # Of an array's number squeue lists all tasks.
+        lines = ask(["squeue", "--noheader", "--jobs", job_id, "--states", "all", "--format", "%A %T"]).splitlines()
+        return next((words[1] for line in lines if len(words := line.split()) == 2 and words[0] == job_id), "")
     except UserError as error:
         if "Invalid job id" in str(error):
             return ""

@@ -77,7 +77,8 @@ def job_script(request: JobRequest, logs: Path, command: Sequence[str], site: Ma
         "time": request.time_limit,
         "array": request.array,
         "requeue": True,
-        "signal": f"USR1@{grace_seconds(request.time_limit)}",
+        # To the shell alone, which tells the ranks: between two steps of a job nothing else would hear it.
+        "signal": f"B:USR1@{grace_seconds(request.time_limit)}",
         "open-mode": "append",
         "output": f"{str(logs.absolute()).replace('%', '%%')}/{output}",
     } | {option: site.get(variable) or None for variable, option in SITE_OPTIONS.items()}
@@ -86,7 +87,7 @@ def job_script(request: JobRequest, logs: Path, command: Sequence[str], site: Ma
     launch = shlex.join(["bash", *command])
     named = os.environ.get("PRETRAIN_CLUSTER_ENV")
     exports = [f"export RANKS_PER_NODE={request.ranks_per_node}"]
-    exports += [f'export PYTHON="${{PYTHON:-{shlex.quote(sys.executable)}}}"']
+    exports += [f"[[ -n ${{PYTHON:-}} ]] || export PYTHON={shlex.quote(sys.executable)}"]
     exports += [f"export PRETRAIN_CLUSTER_ENV={shlex.quote(os.path.abspath(named))}"] if named else []
     return "\n".join(
         [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pretrain.checkpointing.folder import checkpoints_in, step_of
 from pretrain.cluster.job import ASK_SECONDS, read_events, record_event
 from pretrain.cluster.job_script import (
-    ROOT,
     SITE_OPTIONS,
     JobRequest,
     grace_seconds,
@@ -36,15 +36,7 @@ from pretrain.files import lock_file, make_folder, write_text
 from pretrain.model.size import model_size
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import (
-    find_base,
-    find_recipe,
-    flatten,
-    load_recipe,
-    read_mapping,
-    recipe_from_dict,
-    recipe_to_dict,
-)
+from pretrain.recipe_io import load_recipe, recipe_from_dict, recipe_to_dict
 from pretrain.run_folder import RunFolder, with_whole_paths
 
 FASTEST = 1e15  # tokens a second that --tokens-per-second takes
@@ -57,15 +49,13 @@ def submit(options: argparse.Namespace) -> int:
     rate = options.tokens_per_second
     if rate is not None and not 0 < rate < FASTEST:
         raise UserError(f"--tokens-per-second is {rate}, must be above 0 and below {FASTEST:g}")
-    recipe, overrides = _with_absolute_paths(load_recipe(options.recipe, options.overrides), options.overrides)
-    recipe_file = find_recipe(options.recipe).absolute()
-    _check_base(recipe_file)
+    recipe = _with_absolute_paths(load_recipe(options.recipe, options.overrides))
     site = site_environment()
     request = request_of(options, recipe, site)
     folder = RunFolder(recipe.run_folder)
     prepared = check_run(recipe, request.world_size)
     folder.check(recipe)
-    launch = ["slurm/launch.sh", "train", str(recipe_file), *overrides]
+    launch = ["slurm/launch.sh", "train", str(folder.job_recipe.absolute())]
     script = job_script(request, folder.logs, launch, site, "submit")
     if options.dry_run:
         for line in _description(recipe, request, prepared, rate):
@@ -80,28 +70,17 @@ def submit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_base(recipe_file: Path) -> None:
-    """
-    Raises:
-        UserError: only this folder leads to the base of the recipe, and the job runs in the repository.
-    """
-    base = read_mapping(recipe_file).get("base")
-    found = ROOT if base is None else find_base(recipe_file, str(base))
-    if found.absolute() != ROOT / found:
-        raise UserError(
-            f"{recipe_file} has base {base}, which was found in {Path.cwd()}, but the job runs in {ROOT}: make it "
-            "a path relative to the recipe, or a whole one"
-        )
-
-
-def _with_absolute_paths(recipe: Recipe, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """The job runs in the repository, wherever it was submitted."""
-    before = recipe_to_dict(recipe)
     tree = with_whole_paths(recipe_to_dict(recipe))
     tree["output_root"] = os.path.abspath(recipe.output_root)
-    made = {key: value for key, value in flatten(tree).items() if value != flatten(before)[key]}
-    kept = [override for override in overrides if override.partition("=")[0] not in made]
-    return recipe_from_dict(tree, recipe.name), kept + [f"{key}={json.dumps(value)}" for key, value in made.items()]
+    return recipe_from_dict(tree, recipe.name)
+
+
+def _job_recipe(recipe: Recipe, given: str) -> str:
+    """What the job trains, whatever becomes of the file that was submitted, headed by what that said."""
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in given.splitlines())
+    return f"# As submitted:\n{comment}\n{yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)}"
 
 
 def request_of(options: argparse.Namespace, recipe: Recipe, site: dict[str, str]) -> JobRequest:
@@ -211,6 +190,7 @@ def _hand_over(folder: RunFolder, recipe: Recipe, given: str, script: str, reque
             refuse_second_job(folder.path, folder.jobs_file)
             if not folder.has_begun():
                 folder.claim(recipe, given)
+            write_text(folder.job_recipe, _job_recipe(recipe, given))
             write_text(folder.job_script, script)
             job_id = sbatch(folder.job_script)
         facts: dict[str, Any] = {
@@ -263,7 +243,7 @@ def sbatch(script: Path) -> str:
 @contextlib.contextmanager
 def _undone_on_error(folder: RunFolder, new_folders: Sequence[Path]) -> Iterator[None]:
     """What is written in the block goes when it raises, and the folders that were made for it."""
-    files = (folder.job_script, folder.recipe_file, folder.recipe_given_file)
+    files = (folder.job_script, folder.job_recipe, folder.recipe_file, folder.recipe_given_file)
     before = {file: file.read_bytes() if file.exists() else None for file in files}
     try:
         yield

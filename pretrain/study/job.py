@@ -7,13 +7,15 @@ newest checkpoint is evaluated, and nothing is written.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.checkpointing.folder import checkpoints_in, step_of
+from pretrain.cluster.batch import ENDING
 from pretrain.cluster.endings import STOPPED
-from pretrain.cluster.job import read_events
+from pretrain.cluster.job import incarnation_of
 from pretrain.errors import EXIT_USER_ERROR, UserError
 from pretrain.run_folder import RunFolder
 from pretrain.study.records import write_records
@@ -45,14 +47,21 @@ def _evaluate(run: RunFolder) -> str:
 
 
 def _end(run: RunFolder, code: int) -> None:
-    before, said = read_state(run.path), [event for event in read_events(run.jobs_file) if event["event"] == "end"]
+    before = read_state(run.path)
     if code == 0 and is_finished(run, run.saved_recipe(), _evaluate(run)):
         write_state(run.path, before, "done")
         write_records(run.path.parent)
         return
-    reason = str(said[-1].get("reason", "")) if said and said[-1].get("code") == code else ""
+    reason = _reason(run, code)
     cause = f"exit code {code}" + (f": {reason}" if reason else "")
     write_state(run.path, before, "preempted" if code == STOPPED else "failed", cause)
+
+
+def _reason(run: RunFolder, code: int) -> str:
+    """What the last part of this start of the job, training or an evaluation, said of its end; empty if nothing."""
+    endings = sorted(run.logs.glob(f"{incarnation_of()}*/{ENDING}"), key=lambda path: path.stat().st_mtime_ns)
+    said = json.loads(endings[-1].read_text(encoding="utf-8")) if endings else {}
+    return str(said.get("reason", "")) if said.get("code") == code else ""
 
 
 if __name__ == "__main__":

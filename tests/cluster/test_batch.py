@@ -25,7 +25,7 @@ def slurm(tmp_path, monkeypatch):
         (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {asked}\n{answer}\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "state").write_text("RUNNING\n")
+    (tmp_path / "state").write_text("7 RUNNING\n")
     for name, value in {
         "STATE_FILE": str(tmp_path / "state"),
         "SLURM_JOB_ID": "7",
@@ -34,8 +34,9 @@ def slurm(tmp_path, monkeypatch):
         "PRETRAIN_INCARNATION": "7.0",
     }.items():
         monkeypatch.setenv(name, value)
-    for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
+    for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(batch, "RETRY_SECONDS", 0.01)
     return asked
 
 
@@ -82,6 +83,53 @@ def test_the_time_is_nearly_over(slurm, arguments, capsys):
     assert "requeued at step 10" in capsys.readouterr().out
 
 
+def test_the_last_task_of_an_array_speaks_of_itself_alone(slurm, arguments, capsys, tmp_path, monkeypatch):
+    """SLURM gives it the number of the array, of which squeue lists all tasks, and scontrol requeues all."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    (tmp_path / "state").write_text("8 COMPLETED\n7 RUNNING\n9 RUNNING\n")
+    logs = begin(arguments, capsys)
+    ranks_end(logs, 75, stopped_by=["SIGUSR1"])
+    save(logs, 10)
+    assert batch.main(["end", str(logs), "0"]) == 75
+    assert slurm.read_text().splitlines()[-2:] == ["scontrol show job 7_3", "scontrol requeue 7_3"]
+
+
+def mute(tmp_path, name, first_word, times):
+    """The next answers of a program of SLURM's to such calls are errors."""
+    program = tmp_path / "bin" / name
+    body = program.read_text().split("\n", 1)[1]
+    words = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    (tmp_path / "mute").write_text("x\n" * times)
+    mute = f"[ $1 = {first_word} -a -s {tmp_path}/mute ] && sed -i 1d {tmp_path}/mute && echo '{words}' >&2 && exit 1"
+    program.write_text(f"#!/bin/sh\n{mute}\n{body}")
+
+
+@pytest.mark.parametrize(("name", "first_word"), [("squeue", "--noheader"), ("scontrol", "requeue")])
+def test_a_controller_that_is_busy_is_asked_again(slurm, arguments, capsys, tmp_path, name, first_word):
+    logs = begin(arguments, capsys)
+    ranks_end(logs, 75, stopped_by=["SIGUSR1"])
+    mute(tmp_path, name, first_word, 3)
+    assert batch.main(["end", str(logs), "0"]) == 75
+    assert slurm.read_text().splitlines()[-1] == "scontrol requeue 7"
+    assert capsys.readouterr().out.count("requeued at step 0") == 1
+
+
+@pytest.mark.parametrize(("name", "first_word"), [("squeue", "--noheader"), ("scontrol", "requeue")])
+def test_a_controller_that_is_gone(slurm, arguments, capsys, tmp_path, monkeypatch, name, first_word):
+    """How it ended is told and recorded all the same."""
+    monkeypatch.setattr(batch, "ANSWER_SECONDS", 0.1)
+    logs = begin(arguments, capsys)
+    ranks_end(logs, 75, stopped_by=["SIGUSR1"])
+    mute(tmp_path, name, first_word, 1000)
+    assert batch.main(["end", str(logs), "0"]) == 75
+    out = capsys.readouterr().out
+    assert "stopped at step 0: stopped as asked (SIGUSR1) and saved; not put back into the queue" in out
+    last = read_events(logs.parent.parent / "jobs.jsonl")[-1]
+    assert (last["event"], last["action"]) == ("end", "stopped") and "Unable to contact" in last["reason"]
+    assert json.loads((logs / batch.ENDING).read_text())["reason"] == last["reason"]
+
+
 @pytest.mark.parametrize(
     ("causes", "state"),
     [(["SIGTERM"], "RUNNING"), (["SIGUSR1", "STOP"], "RUNNING"), (["STOP"], "RUNNING"), (["SIGUSR1"], "CANCELLED")],
@@ -90,7 +138,7 @@ def test_what_was_stopped_by_somebody_stays_stopped(slurm, arguments, capsys, tm
     logs = begin(arguments, capsys)
     ranks_end(logs, 75, stopped_by=causes)
     save(logs, 10)
-    (tmp_path / "state").write_text(state)
+    (tmp_path / "state").write_text(f"7 {state}\n")
     assert batch.main(["end", str(logs), "0"]) == 75
     assert "requeue 7" not in slurm.read_text() and " stopped at step 10" in capsys.readouterr().out
 
@@ -116,6 +164,9 @@ def test_no_progress_twice_in_a_row(slurm, arguments, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # SLURM itself starts it again: a node was lost
     assert batch.main(["begin", *arguments]) == 1
     assert "no progress" in capsys.readouterr().err
+    last = read_events(logs.parent.parent / "jobs.jsonl")[-1]
+    assert (last["event"], last["action"], last["incarnation"]) == ("end", "failed", "7.2")
+    assert "no progress in 2 starts in a row (7.0, 7.1)" in last["reason"]
     monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted by somebody who has put it right
     begin(arguments, capsys)
 

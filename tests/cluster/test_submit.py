@@ -62,7 +62,7 @@ def test_submitted_and_recorded(home, slurm):
     options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert {
         "--nodes=2", "--gpus-per-node=2", "--time=1-00:00:00", "--requeue", "--open-mode=append",
-        "--signal=USR1@300", f'--output="{folder.logs}/slurm-%j.out"', '--job-name="it\'s"', "--exclusive",
+        "--signal=B:USR1@300", f'--output="{folder.logs}/slurm-%j.out"', '--job-name="it\'s"', "--exclusive",
     } == set(options)  # fmt: skip
     assert folder.logs.is_dir()  # or SLURM could not open the output
     (event,) = map(json.loads, folder.jobs_file.read_text().splitlines())
@@ -80,31 +80,39 @@ def test_the_job_means_the_same_from_another_folder(home, slurm, tmp_path, monke
     lines = slurm.scripts[0].splitlines()
     assert shlex.split(lines[-4]) == ["cd", str(ROOT)]
     assert lines[-3] == "export RANKS_PER_NODE=1"
-    words = shlex.split(lines[-1])
-    assert words[:4] == ["exec", "bash", "slurm/launch.sh", "train"]
-    monkeypatch.chdir(tmp_path)
-    there = load_recipe(words[4], words[5:])
+    there = recipe_of_job(slurm, tmp_path, monkeypatch)
     assert there.name == "x y" and there.checkpoint.every_steps == 3
     assert Path(there.run_folder) == home / "out" / "x y"
     assert Path(there.data.folder) == home / "data"
     RunFolder(Path(there.run_folder)).check(there)  # the run that was claimed
 
 
-def test_a_base_that_the_job_finds_too(home, slurm, capfd, monkeypatch):
+def recipe_of_job(slurm, elsewhere, monkeypatch):
+    """What the last job trains, read in another folder."""
+    words = shlex.split(slurm.scripts[-1].splitlines()[-1])
+    assert words[:4] == ["exec", "bash", "slurm/launch.sh", "train"] and len(words) == 5
+    with monkeypatch.context() as there:
+        there.chdir(elsewhere)
+        return load_recipe(words[4])
+
+
+def test_a_base_that_only_this_folder_leads_to(home, slurm, tmp_path, monkeypatch):
     (home / "recipes").mkdir()
-    top = home / "recipes" / "top.yaml"
-    top.write_text("base: r.yaml\nseed: 3\n")
-    capfd.readouterr()
-    assert main(["train", str(top), "data.folder=none"]) == 2  # found here
-    assert "none is not prepared" in capfd.readouterr().err
-    assert main(["submit", str(top)]) == 2
-    assert f"has base r.yaml, which was found in {home}, but the job runs in {ROOT}" in capfd.readouterr().err
-    assert slurm.scripts == [] and not (home / "out").exists()
-    top.write_text("base: ../r.yaml\nseed: 3\n")
+    (home / "recipes" / "top.yaml").write_text("base: r.yaml\nseed: 3\n")
     assert main(["submit", "recipes/top.yaml"]) == 0
-    words = shlex.split(slurm.scripts[0].splitlines()[-1])
-    monkeypatch.chdir(ROOT)
-    assert load_recipe(words[4], words[5:]).seed == 3
+    assert recipe_of_job(slurm, tmp_path, monkeypatch).seed == 3
+
+
+def test_the_job_trains_what_was_submitted(home, slurm, tmp_path, monkeypatch):
+    """And not what the file says by the time that the job starts: the next experiment, or another name."""
+    assert submit("checkpoint.every_steps=3") == 0
+    given = (home / "r.yaml").read_text()
+    (home / "r.yaml").write_text(given.replace("it's", "other").replace("seed: 1234", "seed: 9"))
+    assert load_recipe("r.yaml").name == "other"
+    recipe = recipe_of_job(slurm, tmp_path, monkeypatch)
+    assert (recipe.name, recipe.seed, recipe.checkpoint.every_steps) == ("it's", 1234, 3)
+    kept = RunFolder(home / "out" / "it's").job_recipe.read_text()
+    assert all(f"# {line}" in kept for line in [*given.splitlines(), "# override: checkpoint.every_steps=3"])
 
 
 def test_shown_and_nothing_else(home, slurm, capfd):

@@ -92,6 +92,26 @@ def test_an_evaluation_that_runs_out_of_time(runs, tmp_path):
     assert "requeued: interrupted (SIGUSR1)" in runs.cluster.output(job)
 
 
+def test_the_time_is_over_between_two_steps_of_the_last_of_an_array(runs, tmp_path):
+    """SLURM warns the shell alone, once, and of the array's number it knows several jobs: this one is put back."""
+    names, file, waits = ("of_array_1", "of_array_2"), tmp_path / "study.txt", tmp_path / "waits"
+    file.write_text("".join(shlex.join([RECIPE, *runs.overrides(name, *LAYOUT)]) + "\n" for name in names))
+    python = tmp_path / "python"
+    slow = f'[[ "$*" != *study.job\\ steps*{names[1]} || -e {waits} ]] || {{ touch {waits}; sleep 15; }}'
+    python.write_text(f'#!/bin/bash\n{slow}\nexec python "$@"\n')
+    python.chmod(0o755)
+    job = runs.cluster.submit("--array=1-2", *ONE_RANK, "slurm/study.sbatch", str(file), PYTHON=str(python))
+    wait_until(waits.exists, 120, "a job between two steps", lambda: runs.cluster.output(f"{job}_2"))
+    assert runs.cluster.jobs(f"{job}_2")[0]["JobId"] == job
+    runs.cluster.client("scancel", "--batch", "--signal=USR1", f"{job}_2", check=False)
+    runs.cluster.wait_for(f"{job}_2", "COMPLETED", seconds=180, restarts=1)
+    runs.cluster.wait_for(f"{job}_1", "COMPLETED", seconds=30)
+    assert [runs.cluster.jobs(f"{job}_{index}")[0]["Restarts"] for index in "12"] == ["0", "1"]
+    assert "requeued: interrupted (SIGUSR1)" in runs.cluster.output(f"{job}_2")
+    assert not list(runs.folder(names[1]).logs.glob("*.0.evaluate-*/rank_*"))  # none was started for nothing
+    assert all(runs.folder(name).evaluation_file.exists() for name in names)
+
+
 def test_reshard_in_a_job(runs, calm):
     """It may write to a run that an earlier job has trained."""
     folder = runs.folder(calm)

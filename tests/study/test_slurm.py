@@ -7,8 +7,9 @@ import shlex
 import pytest
 
 from pretrain.__main__ import main
-from pretrain.cluster.job import record_event
+from pretrain.cluster.batch import ENDING
 from pretrain.cluster.job_script import ROOT
+from pretrain.files import write_json
 from pretrain.recipe_io import load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.study import job
@@ -82,11 +83,18 @@ def test_what_jobs_say(study, slurm, tmp_path, monkeypatch):
     assert (state.state, state.job_id) == ("running", "105") and state.process
     assert job.main(["end", str(run.path), "75"]) == 0
     assert read_state(run.path).state == "preempted"
-    run.jobs_file.touch()
-    record_event(run.jobs_file, "end", job_id="105", code=70, reason="rank 0 on node1: hangs")
+    for start, code, reason in (
+        ("104.0", 70, "of another job"),
+        ("105.0.evaluate-6", 70, "rank 0 on node1: hangs"),
+        ("105.1.evaluate-6", 70, "of a later start"),
+    ):
+        (run.logs / start).mkdir(parents=True)
+        write_json(run.logs / start / ENDING, {"code": code, "reason": reason})
     assert job.main(["end", str(run.path), "70"]) == 0
     state = read_state(run.path)
     assert (state.state, state.failures, state.cause) == ("failed", 1, "exit code 70: rank 0 on node1: hangs")
+    assert job.main(["end", str(run.path), "2"]) == 0  # what failed has said nothing
+    assert read_state(run.path).cause == "exit code 2"
     assert job.main(["begin", str(tmp_path / "no study")]) == 0 and not (tmp_path / "no study").exists()
 
 
