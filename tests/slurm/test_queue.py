@@ -83,7 +83,7 @@ def test_an_evaluation_that_runs_out_of_time(runs, tmp_path):
     begun = wait_until(
         lambda: list(logs.glob("*.0.evaluate-*/rank_00000.json")), 120, "rank", lambda: runs.cluster.output(job)
     )
-    runs.cluster.client("scancel", "--signal=USR1", f"{job}_1", check=False)
+    runs.cluster.client("scancel", "--batch", "--signal=USR1", f"{job}_1", check=False)
     runs.cluster.wait_for(job, "COMPLETED", seconds=180, restarts=1)
     first = logs / begun[0].parent.name
     again = logs / first.name.replace(".0.", ".1.")

@@ -32,10 +32,10 @@ def test_two_nodes_train_as_one_does(runs, calm):
 
 
 def test_signal_before_the_time_limit(runs, calm):
-    """SLURM's warning (``--signal=USR1@300`` of train.sbatch) goes to the job's tasks, as scancel sends it here."""
+    """SLURM's warning (``--signal=B:USR1@300`` of train.sbatch) goes to the job's shell, as scancel sends it here."""
     job = runs.train("warned", *TWO_NODES)
     runs.wait_for_step("warned", job, MID_RUN)
-    runs.cluster.client("scancel", "--signal=USR1", job)
+    runs.cluster.client("scancel", "--batch", "--signal=USR1", job)
     runs.cluster.wait_for(job, "COMPLETED", seconds=180, restarts=1)
     runs.assert_same("warned", calm)
     first, second = runs.events("warned", "end")
