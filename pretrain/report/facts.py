@@ -101,11 +101,45 @@ def _method(record: RunRecord) -> str:
         return "a model from elsewhere (Hugging Face folder)"
     name = str(record.evaluation["method"])
     objective = look_up(record.recipe, ("objective",))
-    if name != "agg" or not isinstance(objective, dict):
-        return {"mle": "plain cross-entropy (mle)"}.get(name, name)
+    if not isinstance(objective, dict):
+        objective = {}
+    beside = _beside(record, objective)
+    what = {
+        "mle": "cross-entropy (mle)" if beside else "plain cross-entropy (mle)",
+        "agg": f"adaptive gradient gating (agg): {_gating(objective)}" if objective else name,
+    }.get(name, name)
+    return what + (f"; with {', '.join(beside)}" if beside else "")
+
+
+def _gating(objective: dict[str, Any]) -> str:
     window, fraction = objective.get("window_steps"), objective.get("rare_fraction")
-    rare = f"alpha {objective.get('alpha') or 0.03}" if fraction is None else f"rare fraction {fraction}"
-    return (
-        f"adaptive gradient gating (agg): {rare}, counted over "
-        f"{'one epoch' if window is None else f'{window} steps'}, never-seen ids: {objective.get('never_seen')}"
-    )
+    counted = "one epoch" if window is None else f"{window} steps"
+    rows, switch = objective.get("rare_rows") or "gate", objective.get("switch_step")
+    parts = [
+        f"alpha {objective.get('alpha') or 0.03}" if fraction is None else f"rare fraction {fraction}",
+        f"counted over {counted}" + (", fading exponentially" if objective.get("window") == "exponential" else ""),
+        f"never-seen ids: {objective.get('never_seen')}",
+    ]
+    if objective.get("gates") in ("g1", "g2"):
+        parts.append(f"gate {objective['gates']} alone")
+    if switch is not None:
+        parts.append(f"rare rows: {rows}, from step {grouped(switch)} {objective.get('rare_rows_after')}")
+    elif rows != "gate":
+        parts.append(f"rare rows: {rows}")
+    return ", ".join(parts)
+
+
+def _beside(record: RunRecord, objective: dict[str, Any]) -> list[str]:
+    """What the recipe has beside the cross-entropy and the gates: what others do against degeneration."""
+    numbers = {
+        "label smoothing": objective.get("label_smoothing"),
+        "z-loss": objective.get("z_loss"),
+        "cosine penalty": objective.get("cosine_penalty"),
+        "penalty of the mean row": objective.get("mean_penalty"),
+        "logits soft-capped at": look_up(record.recipe, ("model", "logit_soft_cap")),
+    }
+    return [
+        *(f"{name} {value}" for name, value in numbers.items() if value),
+        *(["rows centred after each update"] if objective.get("center_rows") else []),
+        *(["coupled Adam"] if look_up(record.recipe, ("optimizer", "couple_embeddings")) else []),
+    ]

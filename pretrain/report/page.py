@@ -22,7 +22,7 @@ from pretrain.report.formatting import grouped
 from pretrain.report.methods import Method, group_runs
 from pretrain.report.page_style import STYLE
 from pretrain.report.records_csv import write_csv
-from pretrain.report.run_records import read_runs
+from pretrain.report.run_records import RunRecord, read_runs
 from pretrain.report.samples import examples, how_generated, under_trained
 from pretrain.report.table import sections
 from pretrain.report.template import PAGE
@@ -78,7 +78,7 @@ def _content(methods: Sequence[Method]) -> dict[str, Any]:
         "verdicts": verdicts(methods),
         "caveats": caveats(methods),
         "methods": [_method(method, i) for i, method in enumerate(methods)],
-        "runs": [{"folder": shlex.quote(str(record.folder))} for record in records],
+        "runs": [_run(record) for record in records],
         "several": several,
         "by_method": len(methods) > MOST_COLUMNS,
         "word_intervals": any(cell.interval for cell in cells) and any(len(method.records) == 1 for method in methods),
@@ -112,6 +112,15 @@ def _method(method: Method, place: int) -> dict[str, Any]:
         "recipe": method.first.recipe_text,
         "recipe_note": f" with seed {method.first.seed} (the others: {seeds})" if seeds else "",
     }
+
+
+def _run(record: RunRecord) -> dict[str, Any]:
+    """Its folder, and what ``evaluate`` takes to make its evaluation again."""
+    folder = shlex.quote(str(record.folder))
+    if not (published := record.evaluation["method"] is None):
+        return {"folder": folder, "evaluated": folder, "published": published}
+    path = shlex.quote(f"PATH_TO/{record.evaluation['run']}")
+    return {"folder": folder, "evaluated": f"{path} --data RECIPE --output {folder}", "published": published}
 
 
 def _subtitle(methods: Sequence[Method]) -> str:

@@ -126,9 +126,11 @@ how often each occurs in training. At most {{ tokens[0].rows|length }} each; <co
 {% if methods|selectattr("recipe")|list %}<p>Save a recipe as <code>recipe.yaml</code>, then:</p>{% endif %}
 <pre>{% if methods|selectattr("recipe")|list %}python -m pretrain prepare recipe.yaml
 python -m pretrain train recipe.yaml
-{% endif %}{% for run in runs %}python -m pretrain evaluate {{ run.folder }}
+{% endif %}{% for run in runs %}python -m pretrain evaluate {{ run.evaluated }}
 {% endfor %}python -m pretrain report{% for run in runs %} {{ run.folder }}{% endfor %}
 </pre>
+{% if runs|selectattr("published")|list %}<p class="soft">PATH_TO: where a published model lies. RECIPE: the recipe on
+whose corpus it was measured. The evaluation keeps neither.</p>{% endif %}
 {% for method in methods if method.recipe %}<details{% if methods|length == 1 %} open{% endif %}>
 <summary>Recipe of {{ method.name }}{{ method.recipe_note }}, all values</summary>
 <pre>{{ method.recipe }}</pre></details>

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,10 +25,11 @@ from pretrain.report.figure_style import (
     styled,
     token_axis,
 )
-from pretrain.report.methods import Method
+from pretrain.report.methods import Curve, Method
 from pretrain.report.run_records import Floats
 
 SMOOTHING = 0.02  # of the logged points: how far to each side the smoothed loss looks
+STEEP = 0.04  # of the tokens: the fall from the loss of an untrained model takes no room from the rest
 SHAPE_PANELS = (
     (("isotropy",), "Isotropy I(W), all rows", True),
     (("seen_rows", "isotropy"), "Isotropy, ids seen in training", True),
@@ -43,7 +45,7 @@ def training_figure(methods: Sequence[Method]) -> Figure:
     """Loss over tokens, and validation perplexity of rare and of frequent tokens."""
     figure = Figure(figsize=(9.6, 3.9))
     losses, perplexities = figure.subplots(1, 2)
-    lowest, highest = math.inf, -math.inf
+    shown: list[Curve] = []
     for i, method in enumerate(methods):
         for record in method.records:
             losses.plot(*record.series("loss"), color=colour(i), alpha=0.22 / len(method.records), linewidth=0.8)
@@ -51,17 +53,17 @@ def training_figure(methods: Sequence[Method]) -> Figure:
         if len(curve.tokens):
             smooth = _smooth(curve.mean)
             losses.plot(curve.tokens, smooth, color=colour(i))
-            lowest, highest = min(lowest, smooth.min()), max(highest, smooth[min(len(smooth) // 25, len(smooth) - 1)])
+            shown.append(replace(curve, mean=smooth))
         validation = method.curve("validation_loss")
+        shown.append(validation)
         losses.plot(validation.tokens, validation.mean, color=colour(i), linestyle="none", marker=marker(i),
                     markersize=4.5, markerfacecolor="white")  # fmt: skip
         for group, line in (("rare", "-"), ("frequent", "--")):
             draw_curve(perplexities, method.curve("validation_perplexity", group), i, line)
     losses.set_title("Loss: lines training, open markers validation")
     losses.set_ylabel("cross-entropy (nats per token)")
-    if math.isfinite(lowest):
-        margin = 0.06 * (highest - lowest) + 1e-3
-        losses.set_ylim(lowest - 2 * margin, highest + margin)
+    if (limits := _limits(shown)) is not None:
+        losses.set_ylim(limits)
     else:
         not_measured(losses, "loss while training")
     perplexities.set_title("Validation perplexity: solid rare, dashed frequent")
@@ -153,6 +155,23 @@ def _by_decile(axes: Axes, methods: Sequence[Method], keys: Sequence[tuple[str, 
     axes.set_xlim(0.5, places["never_seen"] + 0.7)
     axes.set_xticks([1, 4, 7, 10, places["never_seen"]], ["1", "4", "7", "10", "never\nseen"])
     axes.set_xlabel("tenth of the vocabulary, 1 the most frequent")
+
+
+def _limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """That hold all values but those above the others in the first :data:`STEEP` of the tokens; None with no value."""
+    found = [curve for curve in curves if np.isfinite(curve.mean).any()]
+    if not found:
+        return None
+    lowest = min(_finite(curve.mean).min() for curve in found)
+    later = [_finite(curve.mean[curve.tokens >= STEEP * curve.tokens[-1]]) for curve in found]
+    highest = max((values.max() for values in later if len(values)), default=lowest)
+    margin = 0.06 * (highest - lowest) + 1e-3
+    return lowest - 2 * margin, highest + margin
+
+
+def _finite(values: Floats) -> Floats:
+    """A run that diverged may have recorded others."""
+    return values[np.isfinite(values)]
 
 
 def _smooth(values: Floats) -> Floats:

@@ -159,16 +159,31 @@ def _varies_with(study: Study, column: str) -> bool:
     return column != study.scale and any(len({row[column] for row in series.rows}) > 1 for series in study.series)
 
 
+def _of_seeds(study: Study) -> list[str]:
+    """An exclude of the study, or runs that are not done, may leave some sizes fewer seeds than others."""
+    of_cells: dict[tuple[int, float], set[int]] = {}
+    for i, series in enumerate(study.series):
+        for row in series.rows:
+            of_cells.setdefault((i, row[study.scale]), set()).add(row["seed"])
+    found = []
+    if alone := {scale for (_, scale), seeds in of_cells.items() if len(seeds) < 2}:
+        sizes = {scale for _, scale in of_cells}
+        where = "every size" if alone == sizes else f"{len(alone)} of {len(sizes)} sizes"
+        found.append(
+            f"Some series have one seed at {where}: they have no interval there, and no difference is claimed."
+        )
+    counts = {len(seeds) for seeds in of_cells.values()} - {1}
+    if counts and min(counts) < 5:
+        found.append(
+            f"Intervals rest on {min(counts)}{' or more' if len(counts) > 1 else ''} seeds a size: they are wide, and "
+            "hold for seeds that scatter normally."
+        )
+    return found
+
+
 def caveats(study: Study) -> list[str]:
     """What limits the answer."""
-    found = []
-    seeds = [len({row["seed"] for row in series.rows}) for series in study.series]
-    if min(seeds) < 2:
-        found.append("Some series have one seed: they have no intervals, and differences in them are not claimed.")
-    elif min(seeds) < 5:
-        found.append(
-            f"Intervals rest on {min(seeds)} seeds a size: they are wide, and hold for seeds that scatter normally."
-        )
+    found = _of_seeds(study)
     left = {state: count for state, count in study.states.items() if state != "done"}
     if left:
         listed = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))

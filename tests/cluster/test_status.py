@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -33,28 +34,30 @@ def slurm(tmp_path, monkeypatch):
     return FakeSlurm(tmp_path / "slurm", monkeypatch)
 
 
+def write_run(
+    runs: Path, name: str = "a", steps: tuple[int, ...] = (), records: int = 0, events: object = (), **files: str
+) -> Path:
+    """A run folder with what is asked for."""
+    folder = runs / name
+    folder.mkdir(parents=True)
+    recipe = change(small_recipe(Path("text"), Path("data")), name=Path(name).name, batch={"train_steps": 100})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
+    for step in steps:
+        (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (folder / f"checkpoints/step_{step:08d}/MANIFEST.json").write_text("{}")
+    lines = [{"step": step, "loss": 9 - step / 100, "tokens_per_second": 5e6} for step in range(1, records + 1)]
+    if records:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if events:
+        (folder / "jobs.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    for file, text in files.items():
+        (folder / file.replace("__", ".")).write_text(text)
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path):
-    """A run folder with what is asked for."""
-
-    def make(name: str = "a", steps: tuple[int, ...] = (), records: int = 0, events: object = (), **files: str) -> Path:
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        recipe = change(small_recipe(Path("text"), Path("data")), name=Path(name).name, batch={"train_steps": 100})
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-        for step in steps:
-            (folder / f"checkpoints/step_{step:08d}").mkdir(parents=True)
-            (folder / f"checkpoints/step_{step:08d}/MANIFEST.json").write_text("{}")
-        lines = [{"step": step, "loss": 9 - step / 100, "tokens_per_second": 5e6} for step in range(1, records + 1)]
-        if records:
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if events:
-            (folder / "jobs.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        for file, text in files.items():
-            (folder / file.replace("__", ".")).write_text(text)
-        return folder
-
-    return make
+    return functools.partial(write_run, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -228,7 +231,8 @@ def test_only_the_tail_is_read(tmp_path):
 
 def test_imports_no_torch(make_run):
     """So that it answers at once."""
-    folder = make_run(records=2)
+    folder = make_run("s/a", records=2).parent.parent
+    (folder / "s/plan.json").write_text(json.dumps({"runs": {"a": {}, "b": {}}}))
     code = (
         "import sys; from pretrain.__main__ import main; "
         f"assert main(['status', {str(folder)!r}]) == 0; "

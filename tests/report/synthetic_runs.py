@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,22 @@ def write_seeds(root: Path, kind: str, seeds: Sequence[int], name: str = "", **e
 
 def skip_step(folder: Path, step: int) -> None:
     """As if this logged step had not been trained on: its loss is apart, and its tokens never came."""
-    path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for record in records:
+
+    def skip(record: dict[str, Any]) -> None:
         record["tokens"] -= TOKENS_PER_STEP * (record["step"] >= step)
         if record["step"] == step:
             lost = {key: record.pop(key) for key in ("loss", "learning_rate", "grad_norm")}
             record["skipped"] = {"reason": "the loss is nan", "loss": None, "grad_norm": lost["grad_norm"]}
+
+    change_records(folder, skip)
+
+
+def change_records(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Of a run's metrics, each in place."""
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        change(record)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 

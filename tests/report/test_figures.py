@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.image
@@ -19,7 +22,14 @@ from pretrain.report.figures import DIFFERENCES, FIGURES, FigureOfReport, figure
 from pretrain.report.methods import Method, group_runs
 from pretrain.report.run_records import read_runs
 from pretrain.report.training_figures import gates_figure, geometry_figure, training_figure
-from tests.report.synthetic_runs import skip_step, write_published_model, write_run, write_seeds
+from tests.report.synthetic_runs import (
+    STEPS,
+    change_records,
+    skip_step,
+    write_published_model,
+    write_run,
+    write_seeds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,36 @@ def test_a_skipped_step_of_one_seed_empties_no_panel(tmp_path: Path) -> None:
         panels = draw(of(runs)).axes
         assert [text.get_text() for panel in panels for text in panel.texts] == []
         assert all(np.size(line.get_xdata()) for panel in panels for line in panel.lines)
+
+
+LOSSES: dict[str, Callable[[float], tuple[float, float]]] = {  # training and validation, by the part that is trained
+    "ordinary": lambda part: (3.2 + 4 * math.exp(-12 * part), 3.3 + 4 * math.exp(-12 * part)),
+    "finetune": lambda part: (3.3 - 0.1 * part, 3.55 - 0.05 * part),
+    "overfit": lambda part: (3.2 - 2 * part, 3.3 + 2.2 * part**2),
+    "diverge": lambda part: (3.2 + 5 * (part > 0.5), 3.3 + 5.5 * (part > 0.5)),
+    "drop": lambda part: (3.2, 2.8),
+    "not finite": lambda part: (3.2, 2.8 if part < 0.9 else math.nan),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_loss_panel_shows_all_but_the_first_fall(kind: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, kind)
+    change_records(folder, lambda record: change_losses(record, LOSSES[kind]))
+    panel = training_figure(of([folder])).axes[0]
+    low, high = panel.get_ylim()
+    _, smooth, validation = [np.asarray(line.get_xydata()) for line in panel.lines]
+    assert len(validation) == 20
+    for x, y in (*smooth, *validation):
+        assert math.isnan(y) or low < y and (y < high or x < 0.04 * smooth[-1, 0]), (kind, x)
+    if kind == "ordinary":  # what falls at once takes no room
+        assert high < smooth[0, 1] - 0.8
+
+
+def change_losses(record: dict[str, Any], losses: Callable[[float], tuple[float, float]]) -> None:
+    record["loss"], validation = losses(record["step"] / STEPS)
+    if "validation_loss" in record:
+        record["validation_loss"] = validation
 
 
 def test_gates_are_those_of_the_last_measured_step(folders: list[Path]) -> None:

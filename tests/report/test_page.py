@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from pretrain.__main__ import parse
 from pretrain.errors import UserError
+from pretrain.recipe import ObjectiveRecipe
+from pretrain.recipe_io import recipe_from_dict, recipe_to_dict
+from pretrain.report.facts import Fact, facts
 from pretrain.report.figures import FIGURES
 from pretrain.report.formatting import ABSENT, MINUS, TIMES
+from pretrain.report.methods import group_runs
 from pretrain.report.page import write_report
+from pretrain.report.run_records import read_runs
 from tests.report.synthetic_runs import untied, write_published_model, write_run, write_seeds
 
 
@@ -190,7 +199,72 @@ def test_a_published_model_beside_a_run(tmp_path: Path) -> None:
     assert page.row("repeated 4-grams→ human") == ["0.805", "0.805", ""]
     assert "were not evaluated on the same targets" in page.text
     assert page.text.count("Recipe of") == 1
+    commands = [line for line in page.text.splitlines() if line.startswith("python -m pretrain evaluate")]
+    plain, published = tmp_path / "plain", tmp_path / "gpt2"
+    assert commands == [
+        f"python -m pretrain evaluate {plain}",
+        f"python -m pretrain evaluate PATH_TO/gpt2 --data RECIPE --output {published}",
+    ]
+    for command in commands:
+        parse(shlex.split(command)[3:])
+    assert "RECIPE: the recipe on" in page.text
     assert "gpt2 reaches a total perplexity" in Page(page_of([tmp_path / "gpt2"], tmp_path / "alone")).text
+
+
+AGG = "adaptive gradient gating (agg): "
+ALPHA = f"{AGG}alpha 0.02, counted over one epoch, never-seen ids: gate"
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"objective": {"method": "mle"}}, "plain cross-entropy (mle)"),
+        ({"objective": {"method": "mle", "z_loss": 1e-4}}, "cross-entropy (mle); with z-loss 0.0001"),
+        (
+            {
+                "objective": {
+                    "method": "mle", "label_smoothing": 0.1, "cosine_penalty": 1.0, "mean_penalty": 2e-4,
+                    "center_rows": True,
+                },
+            },
+            "cross-entropy (mle); with label smoothing 0.1, cosine penalty 1.0, penalty of the mean row 0.0002, rows "
+            "centred after each update",
+        ),
+        (
+            {
+                "objective": {"method": "mle"}, "optimizer": {"couple_embeddings": True},
+                "model": {"logit_soft_cap": 30.0},
+            },
+            "cross-entropy (mle); with logits soft-capped at 30.0, coupled Adam",
+        ),
+        ({"objective": {"alpha": 0.02}}, ALPHA),
+        ({"objective": {"alpha": 0.02, "z_loss": 1e-4}}, f"{ALPHA}; with z-loss 0.0001"),
+        (
+            {"objective": {"rare_fraction": 0.3, "window": "exponential", "window_steps": 50}},
+            f"{AGG}rare fraction 0.3, counted over 50 steps, fading exponentially, never-seen ids: gate",
+        ),
+        ({"objective": {"alpha": 0.02, "gates": "g1"}}, f"{ALPHA}, gate g1 alone"),
+        ({"objective": {"alpha": 0.02, "rare_rows": "block"}}, f"{ALPHA}, rare rows: block"),
+        (
+            {"objective": {"alpha": 0.02, "rare_rows": "freeze", "switch_step": 1500, "rare_rows_after": "gate"}},
+            f"{ALPHA}, rare rows: freeze, from step 1,500 gate",
+        ),
+        (
+            {"objective": {"alpha": 0.02, "switch_step": 1500, "rare_rows_after": "train"}},
+            f"{ALPHA}, rare rows: gate, from step 1,500 train",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_method_is_said_to_be(sections: dict[str, dict[str, Any]], said: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "run", method=sections["objective"].get("method", "agg"))
+    tree = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    tree["objective"] = recipe_to_dict(ObjectiveRecipe(**sections.pop("objective")))
+    for section, values in sections.items():
+        tree[section] |= values
+    recipe_from_dict(tree, "here")  # such a run can be
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    (method,) = group_runs(read_runs([folder]))
+    assert facts([method])[0] == Fact("method", [said])
 
 
 @pytest.mark.parametrize("name", ["report", "report.csv", "report.pdf"])

@@ -137,7 +137,8 @@ def test_one_seed_claims_nothing(tmp_path: Path) -> None:
     text = text_of(page)
     assert "plain: too few sizes to say whether degeneration grows or fades with N" in text
     assert "was measured at 2 sizes: too few sizes to fit" in text
-    assert "Some series have one seed" in text
+    assert "Some series have one seed at every size" in text
+    assert "Intervals rest on" not in text
 
 
 def test_which_way_is_better() -> None:
@@ -155,6 +156,19 @@ def test_different_vocabularies_have_other_tokens() -> None:
     rows = [row | {"vocab_size": row["seed"] * 8192} for row in two_sizes()]
     assert any("Bits per byte" in caveat for caveat in caveats(read_study(rows)))
     assert not any("Bits per byte" in caveat for caveat in caveats(read_study(two_sizes())))
+
+
+def test_seeds_are_counted_at_each_size() -> None:
+    rows = study_records(sizes=("xs", "s", "m"), methods=("plain", "agg30"))
+    assert caveats(read_study(rows))[0].startswith("Intervals rest on 3 seeds a size: they are wide")
+    two = [row for row in rows if (row["axis.size"], row["seed"]) != ("m", 3)]
+    assert caveats(read_study(two))[0].startswith("Intervals rest on 2 or more seeds a size")
+    one = [row for row in two if row["axis.size"] != "m" or row["seed"] == 1 or row["method"] == "plain"]
+    found = caveats(read_study(one))
+    assert found[0].startswith("Some series have one seed at 1 of 3 sizes: they have no interval there")
+    assert found[1].startswith("Intervals rest on 2 or more seeds a size")
+    many = study_records(sizes=("xs",), methods=("plain", "agg30"), seeds=5)
+    assert not any("seed" in caveat.split(":")[0] for caveat in caveats(read_study(many)))
 
 
 def test_runs_that_are_not_in_the_records_are_counted() -> None:
