@@ -160,7 +160,7 @@ def test_the_loss_panel_shows_all_but_the_first_fall(kind: str, tmp_path: Path) 
     _, smooth, validation = [np.asarray(line.get_xydata()) for line in panel.lines]
     assert len(validation) == 20
     for x, y in (*smooth, *validation):
-        assert math.isnan(y) or low < y and (y < high or x < 0.04 * smooth[-1, 0]), (kind, x)
+        assert math.isnan(y) or (low < y and (y < high or x < 0.04 * smooth[-1, 0])), (kind, x)
     if kind == "ordinary":  # what falls at once takes no room
         assert high < smooth[0, 1] - 0.8
 
