@@ -6,9 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch.distributed as dist
 
 from pretrain.checkpointing.folder import (
     checkpoint_name,
@@ -18,9 +21,9 @@ from pretrain.checkpointing.folder import (
     read_manifest,
     step_of,
 )
-from pretrain.checkpointing.identity import CHANGEABLE, check_identity, identity_of
+from pretrain.checkpointing.identity import check_newest
 from pretrain.cluster.endings import note
-from pretrain.cluster.incarnation import forget_incarnation, has_gone_back, has_taken_over, note_going_back
+from pretrain.cluster.incarnation import TOKEN, forget_incarnation, has_gone_back, has_taken_over, note_going_back
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
@@ -30,6 +33,7 @@ from pretrain.recipe_io import find_recipe, load_recipe
 from pretrain.run_folder import RunFolder
 from pretrain.run_lock import run_lock
 from pretrain.topology import (
+    Place,
     Topology,
     check_devices,
     check_plain_start,
@@ -66,14 +70,15 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     quiet_third_party()
     with contextlib.ExitStack() as stack:
         if is_first and not options.claimed:
-            prepared = _check_before_start(recipe, recipe.local_world_size if place is None else place.world_size)
+            prepared = _check_before_start(recipe, place, folder)
             given = text_as_given(options.recipe, options.overrides)
             if not options.from_scratch:
                 folder.check(recipe, allow_changes=options.allow_changes)
+            check_newest(_to_go_on_from(options, folder), recipe, prepared, allow_changes=options.allow_changes)
             make_folder(folder.path)
             lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             forget_incarnation(folder.path)
-            _set_aside(options, folder, recipe, prepared)
+            _set_aside(options, folder)
             folder.claim(recipe, given, allow_changes=options.allow_changes)
             if place is None and is_done(recipe):
                 say(f"{recipe.name} is trained already: step {recipe.batch.train_steps:,} of {recipe.run_folder}")
@@ -81,8 +86,8 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
             if place is None and recipe.local_world_size > 1:
                 stop = [] if options.stop_at_step is None else ["--stop-at-step", str(options.stop_at_step)]
                 allow = ["--allow-changes"] if options.allow_changes else []
-                arguments = ["train", options.recipe, *options.overrides, *stop, *allow, "--claimed"]
-                return _run_ranks(arguments, recipe, folder, signals, [lock])
+                arguments = ["train", options.recipe, *options.overrides, *stop, *allow, *_going_back(options)]
+                return _run_ranks([*arguments, "--claimed"], recipe, folder, signals, [lock])
         from pretrain.training.loop import train as train_run
 
         topology = stack.enter_context(_connected(recipe))
@@ -92,7 +97,9 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
             note(stopped_by=why_stopped(signals, folder.stop_file))
         if topology.is_first:
             saved = f"step {progress.step:,} saved in {folder.checkpoints}" if progress.step else "nothing trained yet"
-            say(f"{recipe.name}: {saved}" + ("; stopped as asked, the same command goes on" if stopped else ""))
+            option = "" if TOKEN in os.environ else " ".join(_going_back(options))  # a job goes back once
+            again = f"the same command{option and ' without '}{option} goes on"
+            say(f"{recipe.name}: {saved}" + (f"; stopped as asked, {again}" if stopped else ""))
     return EXIT_STOPPED if stopped else 0
 
 
@@ -106,7 +113,7 @@ def reshard(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if not options.claimed and (place is None or place.rank == 0):
             folder.check(recipe)
-            _check_before_start(on_cpu, on_cpu.local_world_size if place is None else place.world_size)
+            _check_before_start(on_cpu, place, folder)
             lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             if place is None and recipe.local_world_size > 1:
                 arguments = ["checkpoint", "reshard", str(options.folder), *options.overrides]
@@ -132,25 +139,31 @@ def evaluate(options: argparse.Namespace) -> int:
             f"{options.folder} is none: a run is measured on its own data, and only reporting.word_similarity=[...] "
             "and device=... may be given"
         )
-    saved = _recipe_of(folder, options.overrides)
-    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint, check=place_from_environment() is None)
+    saved, place = folder.saved_recipe(options.overrides), place_from_environment()
+    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint, check=place is None)
     recipe = _on_layout_of(checkpoint, saved)
     from pretrain.evaluation.evaluation_file import is_evaluated
 
-    if is_evaluated(folder, checkpoint, recipe):
-        say(f"{recipe.name}: {checkpoint.name} is evaluated already")
+    nothing_to_do = f"{recipe.name}: {checkpoint.name} is evaluated already"
+    if place is None and is_evaluated(folder, checkpoint, recipe):
+        say(nothing_to_do)
         return 0
     choose_device(recipe)
     quiet_third_party()
-    if place_from_environment() is None:
+    if place is None:
         _check_evaluation(recipe)
         if recipe.local_world_size > 1:
-            arguments = ["evaluate", str(options.folder), *options.overrides, *_checkpoint_option(options)]
-            return _run_ranks(arguments, recipe, folder)
+            arguments = ["evaluate", str(options.folder), *options.overrides]
+            return _run_ranks([*arguments, "--checkpoint", str(step_of(checkpoint))], recipe, folder)
     from pretrain.evaluation.evaluate import evaluate_run
 
     with _connected(recipe) as topology:
-        evaluate_run(folder, recipe, topology, checkpoint)
+        done = topology.is_first and is_evaluated(folder, checkpoint, recipe)
+        checkpoint, done = _choice_of_first(checkpoint, done)
+        if not done:
+            evaluate_run(folder, recipe, topology, checkpoint)
+        elif topology.is_first:
+            say(nothing_to_do)
     return 0
 
 
@@ -179,22 +192,24 @@ def _evaluate_huggingface(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     _check_generation(options)
-    folder = RunFolder(options.folder)
-    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint, check=place_from_environment() is None)
+    folder, place = RunFolder(options.folder), place_from_environment()
+    checkpoint = choose_checkpoint(folder.checkpoints, options.checkpoint, check=place is None)
     if any(not given.startswith("device=") for given in options.overrides):
         raise UserError(f"generate takes {options.folder} as it was trained: only device=... may be given")
-    recipe = _on_layout_of(checkpoint, _recipe_of(folder, options.overrides))
+    recipe = _on_layout_of(checkpoint, folder.saved_recipe(options.overrides))
     choose_device(recipe)
     quiet_third_party()
-    if place_from_environment() is None:
+    if place is None:
         check_devices(recipe, recipe.local_world_size)
         if recipe.local_world_size > 1:
-            arguments = ["generate", str(options.folder), *options.overrides, "--prompt", options.prompt]
+            # In one word: argparse takes a second one that begins with a dash for an option.
+            arguments = ["generate", str(options.folder), *options.overrides, f"--prompt={options.prompt}"]
             arguments += ["--max-new-tokens", str(options.max_new_tokens), "--temperature", str(options.temperature)]
-            return _run_ranks([*arguments, *_checkpoint_option(options)], recipe, folder)
+            return _run_ranks([*arguments, "--checkpoint", str(step_of(checkpoint))], recipe, folder)
     from pretrain.evaluation.generate import generate_text
 
     with _connected(recipe) as topology:
+        checkpoint, _ = _choice_of_first(checkpoint)
         text = generate_text(checkpoint, recipe, topology, options.prompt, options.max_new_tokens, options.temperature)
         if topology.is_first:
             say(text)
@@ -225,24 +240,24 @@ def report(options: argparse.Namespace) -> None:
     say(f"report: {output}")
 
 
-def _check_before_start(recipe: Recipe, world_size: int) -> PreparedData:
-    if place_from_environment() is None:
+def _check_before_start(recipe: Recipe, place: Place | None, folder: RunFolder) -> PreparedData:
+    if place is None:
         check_devices(recipe, recipe.local_world_size)
-    return check_run(recipe, world_size)
+    return check_run(recipe, recipe.local_world_size if place is None else place.world_size, folder)
 
 
-def check_run(recipe: Recipe, world_size: int) -> PreparedData:
+def check_run(recipe: Recipe, world_size: int, folder: RunFolder | None = None) -> PreparedData:
     """Everything that can be refused before ranks start, on any machine: layout, DeepSpeed's file, data."""
     from pretrain.data.prepared import PreparedData, check_length
     from pretrain.training.deepspeed_config import deepspeed_config
 
-    stop_file = RunFolder(recipe.run_folder).stop_file
-    if stop_file.exists():
-        raise UserError(f"{stop_file} asks this run to stop: delete it to go on")
+    folder = folder or RunFolder(recipe.run_folder)  # a run may have been moved since its recipe was written
+    if folder.stop_file.exists():
+        raise UserError(f"{folder.stop_file} asks this run to stop: delete it to go on")
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     prepared = PreparedData.open(recipe)
     check_length(prepared, recipe)
-    if recipe.model.init_from and not checkpoints_in(RunFolder(recipe.run_folder).checkpoints):
+    if recipe.model.init_from and not checkpoints_in(folder.checkpoints):
         from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
 
         check_initial_weights(recipe, prepared)
@@ -262,23 +277,30 @@ def _check_evaluation(recipe: Recipe) -> None:
         read_encoded(Path(name), words_in_text(tokenizer))
 
 
-def _set_aside(options: argparse.Namespace, folder: RunFolder, recipe: Recipe, prepared: PreparedData) -> None:
+def _to_go_on_from(options: argparse.Namespace, folder: RunFolder) -> list[Path]:
+    """The checkpoints of which training will load the newest that verifies."""
+    if not _going_back(options) or has_gone_back(folder.path):
+        return checkpoints_in(folder.checkpoints)
+    return [choose_checkpoint(folder.checkpoints, options.resume_from)] if options.resume_from else []
+
+
+def _set_aside(options: argparse.Namespace, folder: RunFolder) -> None:
     """What ``--from-scratch`` or ``--resume-from`` leave behind; once, however often SLURM starts the same command."""
-    if not options.from_scratch and options.resume_from is None:
+    if not _going_back(options):
         return
     if has_gone_back(folder.path):
         say("an earlier start of this job has gone back as asked: this one goes on from the newest checkpoint")
         return
-    if options.from_scratch:
-        aside = folder.start_again()
-    else:
-        checkpoint = choose_checkpoint(folder.checkpoints, options.resume_from)
-        free = CHANGEABLE if options.allow_changes else ()
-        check_identity(checkpoint, read_manifest(checkpoint), identity_of(recipe, prepared), free)
-        aside = folder.go_back_to(options.resume_from)
+    aside = folder.start_again() if options.from_scratch else folder.go_back_to(options.resume_from)
     if aside is not None:
         say(f"what was there is kept in {aside}")
     note_going_back(folder.path)
+
+
+def _going_back(options: argparse.Namespace) -> list[str]:
+    """The option that moves progress aside, if one was given."""
+    step = options.resume_from
+    return ["--resume-from", str(step)] if step else ["--from-scratch"] if options.from_scratch else []
 
 
 def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
@@ -289,11 +311,6 @@ def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
 def is_done(recipe: Recipe, *, hashed: bool = True) -> bool:
     last = RunFolder(recipe.run_folder).checkpoints / checkpoint_name(recipe.batch.train_steps)
     return last.is_dir() and not problems_of(last, hashed=hashed)
-
-
-def _recipe_of(folder: RunFolder, overrides: Sequence[str]) -> Recipe:
-    """As it was trained, but for ``overrides``."""
-    return load_recipe(str(folder.recipe_file), overrides) if overrides else folder.saved_recipe()
 
 
 def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:
@@ -324,5 +341,8 @@ def _run_ranks(
     return run_local_ranks(arguments, recipe.local_world_size, folder.logs, signals, inherited)
 
 
-def _checkpoint_option(options: argparse.Namespace) -> list[str]:
-    return [] if options.checkpoint is None else ["--checkpoint", str(options.checkpoint)]
+def _choice_of_first(checkpoint: Path, done: bool = False) -> tuple[Path, bool]:
+    """The first rank's, and whether it is done, on all ranks, as a run that trains has another newest one soon."""
+    choice = [(checkpoint.name, done)]
+    dist.broadcast_object_list(choice, src=0)
+    return checkpoint.with_name(choice[0][0]), choice[0][1]

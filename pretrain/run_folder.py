@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from pretrain.checkpointing.folder import checkpoints_in, choose_checkpoint, pro
 from pretrain.errors import DamagedCheckpoint, UserError
 from pretrain.files import make_folder, sync_folder, write_text
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import flatten, recipe_from_dict, recipe_to_dict
+from pretrain.recipe_io import flatten, load_recipe, recipe_from_dict, recipe_to_dict
 
 # What may differ when a run goes on: it changes nothing that is trained, or (spikes) is the way out of a stop.
 FREE_SECTIONS = (
     "checkpoint", "reporting", "output_root", "parallel", "device", "spikes", "hang_timeout_minutes",
 )  # fmt: skip
-FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size")
+FREE_KEYS = ("data.folder", "data.prepare_processes", "batch.micro_batch_size", "model.activation_checkpointing")
 LAYOUT_KEYS = ("parallel.", "batch.micro_batch_size")  # of those, what moves a run to another layout
 # What may differ if that is asked for: the weights fit, but what is trained is another thing from here on.
 CHANGEABLE_SECTIONS = ("batch", "data", "optimizer")
@@ -60,12 +62,14 @@ class RunFolder:
         self.job_recipe = path / "job.yaml"  # what that trains
         self.stop_file = path / "STOP"
 
-    def saved_recipe(self) -> Recipe:
-        """The recipe the run was made with.
+    def saved_recipe(self, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe the run was made with, but for ``overrides``.
 
         Raises:
-            UserError: this is not a run folder.
+            UserError: this is not a run folder, or an override cannot be used.
         """
+        if overrides:
+            return load_recipe(str(self.recipe_file), overrides)
         return recipe_from_dict(self._saved_tree(), str(self.recipe_file))
 
     def claim(self, recipe: Recipe, given: str, *, allow_changes: bool = False) -> None:
@@ -112,7 +116,8 @@ class RunFolder:
 
     def changes_of(self, recipe: Recipe) -> dict[str, str]:
         """Keys in which this recipe trains something else than the run, each with "key: there X, asked for Y"."""
-        return {key: text for key, text in self._differences(recipe).items() if not _is_free(key)}
+        free = ("model.init_from",) if checkpoints_in(self.checkpoints) else ()  # they have newer weights
+        return {key: text for key, text in self._differences(recipe).items() if not (_is_free(key) or key in free)}
 
     def start_again(self) -> Path | None:
         """Move the whole run to ``aside/TIME``, where it stays a run folder; None if there is none."""
@@ -120,6 +125,8 @@ class RunFolder:
 
     def go_back_to(self, step: int) -> Path | None:
         """Move checkpoints newer than ``step``, and their evaluations, to ``aside/TIME``; None if there is none.
+
+        ``metrics.jsonl`` is copied there, as training drops the records after ``step``.
 
         Raises:
             UserError: there is no checkpoint of that step, or it does not verify.
@@ -129,7 +136,7 @@ class RunFolder:
         if problems:
             raise DamagedCheckpoint(checkpoint, problems)
         newer = [path for path in checkpoints_in(self.checkpoints) if step_of(path) > step]
-        aside = self._move_aside([*newer, *self._evaluations_after(step)])
+        aside = self._move_aside([*newer, *self._evaluations_after(step)], copied=self.metrics_file)
         write_text(self.checkpoints / "latest", checkpoint.name + "\n")
         return aside
 
@@ -158,10 +165,12 @@ class RunFolder:
     def _content(self) -> list[Path]:
         return [entry for entry in self.path.iterdir() if entry.name not in NOT_OF_A_RUN]
 
-    def _move_aside(self, paths: list[Path]) -> Path | None:
+    def _move_aside(self, paths: list[Path], copied: Path | None = None) -> Path | None:
         if not paths:
             return None
         aside = self.path / "aside" / time.strftime("%Y-%m-%dT%H-%M-%S")
+        if copied is not None and copied.exists():
+            shutil.copy2(copied, make_folder(aside))  # first: a crash leaves nothing moved without it
         for path in paths:
             target = aside / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)

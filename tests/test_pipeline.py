@@ -95,8 +95,8 @@ def test_generate(runs):
     first = pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--max-new-tokens", "5").stdout
     assert first.startswith("abc")
     assert first == pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--max-new-tokens", "5").stdout
-    with_noise = ["generate", str(runs / "mle"), "--prompt", "abc", "--max-new-tokens", "20", "--temperature", "2"]
-    assert pretrain(*with_noise).stdout.startswith("abc")
+    with_noise = ["generate", str(runs / "mle"), "--prompt=-abc", "--max-new-tokens", "20", "--temperature", "2"]
+    assert pretrain(*with_noise).stdout.startswith("-abc")
     assert (
         "no checkpoint of step 5; there are: 6"
         in pretrain("generate", str(runs / "agg"), "--prompt", "abc", "--checkpoint", "5", code=2).stderr

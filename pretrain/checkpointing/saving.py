@@ -219,6 +219,6 @@ def _await(path: Path, size: int) -> None:
 
 def _failed(name: str, error: str) -> CheckpointError:
     return CheckpointError(
-        f"cannot save the checkpoint {name}: {error}. Checkpoints saved before are good: give the same command again "
-        "when that is put right"
+        f"cannot save the checkpoint {name}: {error}. Checkpoints saved before are good: when that is put right, give "
+        "the same command again, without --from-scratch or --resume-from"
     )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.__main__ import main
+from pretrain.commands import check_run
 from pretrain.data.loader import TrainingBatches, training_dataset
 from pretrain.data.prepared import PreparedData
 from pretrain.errors import UserError
@@ -99,7 +100,12 @@ def test_a_resumed_run_needs_the_folder_no_more(trained, tmp_path):
     whole = train_on_ranks(change(recipe, name="whole"), 2)
     train_on_ranks(recipe, 2, stop_at_step=2)
     shutil.rmtree(copy)
-    assert [record["loss"] for record in train_on_ranks(recipe, 2)] == [record["loss"] for record in whole]
+    check_run(recipe, 2)  # as train does before it starts ranks
+    train_on_ranks(recipe, 2, stop_at_step=3)
+    without = change(recipe, model={"init_from": ""})
+    assert [record["loss"] for record in train_on_ranks(without, 2)] == [record["loss"] for record in whole]
+    (change_made,) = RunFolder(recipe.run_folder).changes_file.read_text().splitlines()
+    assert f"model.init_from: there '{copy}', asked for ''" in change_made
 
 
 def test_train_refuses_before_anything_is_written(trained, tmp_path, capfd):

@@ -65,6 +65,7 @@ def test_one_rank_cannot_write(calm, begun, limited, background):
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"cannot save the checkpoint step_00000004: {checkpoints / 'tmp_step_00000004_'}")
     assert f"File too large (rank {limited} on {node_name()})" in messages[0]
+    assert messages[0].endswith("give the same command again, without --from-scratch or --resume-from")
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step_00000002"]
     assert problems_of(checkpoints / "step_00000002") == []
     assert run_ranks(resume_rank, 2, recipe) == ["", ""]

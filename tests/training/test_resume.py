@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from pretrain.checkpointing.folder import read_manifest, write_manifest
 from pretrain.data.loader import training_dataset
 from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.errors import UserError
@@ -50,6 +51,24 @@ def test_two_halves_equal_the_whole(prepared_recipe, tmp_path, stage, tensor_par
         other = RunFolder(halves.run_folder).checkpoints / "step_00000006" / path.name
         one, two = (torch.load(file, weights_only=False)["module"] for file in (path, other))
         assert all(torch.equal(one[name], two[name]) for name in one if one[name] is not None)
+
+
+def test_goes_on_with_other_activation_checkpointing(prepared_recipe, tmp_path):
+    """The way out of too little memory; also from a checkpoint of a version that compared it."""
+    recipe = change(
+        prepared_recipe,
+        model={"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        reporting={"geometry_every_steps": 0, "validate_every_steps": 0},  # these are also where a run stops
+    )
+    expected = exact(train_on_ranks(change(recipe, output_root=str(tmp_path / "whole")), 2))
+    recipe = change(recipe, output_root=str(tmp_path / "changed"))
+    train_on_ranks(recipe, 2, stop_at_step=2)
+    checkpoint = RunFolder(recipe.run_folder).checkpoints / "step_00000002"
+    manifest = read_manifest(checkpoint)
+    manifest["identity"]["model"]["activation_checkpointing"] = "none"
+    write_manifest(checkpoint, manifest)
+    train_on_ranks(change(recipe, model={"activation_checkpointing": "full"}), 2, stop_at_step=4)
+    assert exact(train_on_ranks(recipe, 2)) == expected
 
 
 def test_dropout_is_on(prepared_recipe, tmp_path):
