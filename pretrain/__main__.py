@@ -7,16 +7,19 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.cluster.endings import STOPPED, begin_rank, log_folder, note_end
+from pretrain.cluster.job import node_name
 from pretrain.errors import EXIT_USER_ERROR, SpikeError, UserError
 
 # What a file system says of a path that cannot be used, or of a disk.
 OF_THE_INPUT = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
+FOR_ANOTHER_TO_SAY = 5.0  # seconds: a launcher ends all ranks with the first, which may be a silent one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         code, line = EXIT_USER_ERROR, f"error: {error}"
         note_end(code, line, common=error.on_all_ranks)
-        if error.on_all_ranks and os.environ.get("RANK", "0") != "0":
+        if not _is_to_say(error):
+            time.sleep(FOR_ANOTHER_TO_SAY)
             return code
+        rank = os.environ.get("RANK", "0")
+        who = f"rank {rank} on {node_name()}"
+        if rank != "0" and not error.on_all_ranks and who not in line:
+            line = f"{who}: {line}"
     except OSError as error:
         if error.errno not in OF_THE_INPUT:
             note_end(1, f"{type(error).__name__}: {error}")
@@ -52,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if line:
         print(line, file=sys.stderr)
     return 0 if code == STOPPED and log_folder() else code  # for torchrun a stop is no failure; the job knows better
+
+
+def _is_to_say(error: UserError) -> bool:
+    """Of the ranks that share an error and a terminal, one says it; each has a log of its own in a job."""
+    first = "LOCAL_RANK" if error.on_its_node else "RANK" if error.on_all_ranks else None
+    return log_folder() is not None or first is None or os.environ.get(first, "0") == "0"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

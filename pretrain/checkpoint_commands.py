@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.checkpointing.folder import (
     UNFINISHED,
@@ -28,9 +28,10 @@ from pretrain.run_folder import RunFolder
 
 
 def list_checkpoints(options: argparse.Namespace) -> None:
-    """A line for each checkpoint, oldest first."""
+    """A line for each checkpoint, oldest first, but for those that a training deletes meanwhile."""
     folder = _checkpoints_of(options.folder)
-    rows = [_row(path, hashed=not options.no_hash) for path in reversed(checkpoints_in(folder))]
+    found = [_row(path, hashed=not options.no_hash) for path in reversed(checkpoints_in(folder))]
+    rows = [row for row in found if row is not None]
     if options.json:
         say(json.dumps(rows, indent=2))
         return
@@ -55,14 +56,22 @@ def verify(options: argparse.Namespace) -> int:
         chosen = [path for path in chosen if step_of(path) == options.step]
     if not chosen:
         choose_checkpoint(folder, options.step)  # says what there is instead
-    found = {path: problems_of(path) for path in chosen}
-    for path, problems in found.items():
-        for problem in problems:
+    damaged = False
+    for path in chosen:
+        looked = _look(path, hashed=True)
+        if looked is None:
+            say(f"{path.name}: deleted meanwhile")
+            if options.step is not None:
+                choose_checkpoint(folder, options.step)
+            continue
+        for problem in looked.problems:
             say(f"{path.name}: {problem}")
-        if not problems:
-            files = read_manifest(path)["files"].values()
-            say(f"{path.name}: {len(files)} files, {bytes_in_words(sum(entry['bytes'] for entry in files))}, all valid")
-    return EXIT_USER_ERROR if any(found.values()) else 0
+        if looked.manifest is not None and not looked.problems:
+            count = len(looked.manifest["files"])
+            size = sum(entry["bytes"] for entry in looked.manifest["files"].values())
+            say(f"{path.name}: {count} files, {bytes_in_words(size)}, all valid")
+        damaged = damaged or bool(looked.problems)
+    return EXIT_USER_ERROR if damaged else 0
 
 
 def export(options: argparse.Namespace) -> None:
@@ -107,13 +116,42 @@ def _checkpoints_of(path: Path) -> Path:
     return run.checkpoints
 
 
-def _row(checkpoint: Path, *, hashed: bool) -> dict[str, Any]:
-    problems = problems_of(checkpoint, hashed=hashed)
-    row: dict[str, Any] = {"step": step_of(checkpoint), "valid": not problems, "hashed": hashed, "problems": problems}
-    row["bytes"] = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+class _Looked(NamedTuple):
+    """What was found in a checkpoint; ``manifest`` is None if it cannot be read."""
+
+    manifest: dict[str, Any] | None
+    problems: list[str]
+    bytes: int
+
+
+def _look(checkpoint: Path, *, hashed: bool) -> _Looked | None:
+    """None: it is gone by now, as training keeps only the last ones; hashing takes minutes."""
     try:
+        size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         manifest = read_manifest(checkpoint)
-    except DamagedCheckpoint:
+        problems = problems_of(checkpoint, hashed=hashed)
+    except DamagedCheckpoint as error:
+        manifest, problems = None, error.problems
+    except FileNotFoundError:
+        if checkpoint.is_dir():
+            raise
+        return None
+    return _Looked(manifest, problems, size) if checkpoint.is_dir() else None
+
+
+def _row(checkpoint: Path, *, hashed: bool) -> dict[str, Any] | None:
+    looked = _look(checkpoint, hashed=hashed)
+    if looked is None:
+        return None
+    row: dict[str, Any] = {
+        "step": step_of(checkpoint),
+        "valid": not looked.problems,
+        "hashed": hashed,
+        "problems": looked.problems,
+        "bytes": looked.bytes,
+    }
+    manifest = looked.manifest
+    if manifest is None:
         return row
     return row | {
         "tokens": manifest["consumed_tokens"],

@@ -14,13 +14,14 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with ``EXIT_USER_ERROR``.
     """
 
-    on_all_ranks = False  # raised by all ranks together: the first one says it
+    on_all_ranks = False  # agreed on by all ranks, the same: the first one says it
+    on_its_node = False  # each rank of a node finds it by itself, the same: the first one of each node says it
 
 
 class RecipeError(UserError):
     """Everything that is wrong with a recipe, in one message."""
 
-    on_all_ranks = True
+    on_its_node = True
 
     def __init__(self, problems: Sequence[str], where: str = "the recipe"):
         self.problems = list(problems)
@@ -38,7 +39,7 @@ class PreflightError(UserError):
 class CheckpointError(UserError):
     """A checkpoint that cannot be saved or loaded."""
 
-    on_all_ranks = True
+    on_its_node = True
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -47,6 +48,8 @@ class DamagedCheckpoint(CheckpointError):
     Attributes:
         problems: a line for each bad file.
     """
+
+    on_its_node = False  # one rank alone may fail to read its manifest
 
     def __init__(self, checkpoint: Path, problems: Sequence[str], way_out: str = ""):
         self.problems = list(problems)

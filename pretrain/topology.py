@@ -6,15 +6,17 @@ import datetime
 import math
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from pretrain.cluster.job import node_name, rendezvous_port
-from pretrain.cluster.meeting import Meeting, Whereabouts
+from pretrain.cluster.meeting import Meeting, Report, Whereabouts, numbers, some
 from pretrain.errors import PreflightError, RecipeError, UserError
 from pretrain.recipe import Recipe
 from pretrain.recipe_checks import batch_problems
@@ -151,35 +153,70 @@ def check_devices(recipe: Recipe, local_ranks: int) -> None:
     Raises:
         UserError: there are GPUs, but not one for each rank on this machine; or none where the recipe wants them.
     """
-    if recipe.device == "cpu":
-        return
-    there = torch.cuda.device_count()
-    if there == 0 and recipe.device == "cuda":
-        raise UserError("device is cuda, but this machine has no GPU that torch can use; device=cpu runs without")
-    if 0 < there < local_ranks:
+    found = {"device": recipe.device, "gpus": _usable_gpus(recipe)}
+    _judge_devices([Report(rank, node_name(), found | {"local_rank": rank}) for rank in range(local_ranks)])
+
+
+def _usable_gpus(recipe: Recipe) -> int:
+    return torch.cuda.device_count() if recipe.device != "cpu" and torch.cuda.is_available() else 0
+
+
+def _judge_devices(reports: list[Report]) -> None:
+    """All ranks on a GPU each, or all on the CPU."""
+    without = [report for report in reports if report.found["gpus"] == 0]
+    blind = [report for report in without if report.found["device"] == "cuda"]
+    if blind:
+        raise UserError(f"device is cuda, but torch can use no GPU {_places(blind)}; device=cpu runs without")
+    if 0 < len(without) < len(reports):
+        devices = ", ".join(sorted({report.found["device"] for report in without}))
         raise UserError(
-            f"{local_ranks} ranks on this machine, but {there} GPU(s): lower the degrees of parallel, or run it "
-            "on the CPU with device=cpu"
+            f"{_places(without)} there is no GPU that torch can use (device is {devices}), but there is "
+            f"{_places([report for report in reports if report.found['gpus'] > 0])}: leave those without out "
+            "(--exclude), or run all of it on the CPU with device=cpu"
         )
+    for report in reports if not without else ():
+        if report.found["local_rank"] >= report.found["gpus"]:
+            count = Counter(other.node for other in reports)[report.node]
+            raise UserError(
+                f"{count} ranks on {report.node}, but {report.found['gpus']} GPU(s) that rank {report.rank} can use: "
+                "start fewer there, or run it on the CPU with device=cpu. train takes lower degrees of parallel; "
+                "evaluate and generate need as many ranks as the checkpoint was saved on, and python -m pretrain "
+                "checkpoint reshard RUN parallel.data_parallel_size=... saves it for fewer"
+            )
+
+
+def _places(reports: list[Report]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for report in reports:
+        ranks.setdefault(report.node, []).append(report.rank)
+    return "on " + some(f"{node} ({numbers('rank', of_node)})" for node, of_node in ranks.items())
 
 
 def connect(recipe: Recipe) -> Topology:
     """Join the world a launcher made, or a world of one, and build the groups.
 
     torch.distributed may be initialised already (by a test harness); then its world is used.
+
+    Raises:
+        PreflightError: on all ranks, the same: ranks are missing, or do not have a GPU each, or some have none.
     """
     from megatron.core import parallel_state
 
     place = place_from_environment() or Place(0, 1, 0)
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed insists; srun does not set it
-    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    gpus = _usable_gpus(recipe)
+    on_gpu = gpus > 0
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     data_parallel_size_of(recipe, place.world_size)
     timeout = max(TIMEOUT, datetime.timedelta(minutes=4 * recipe.hang_timeout_minutes))  # the watchdog comes first
+    found = {"device": recipe.device, "gpus": gpus, "local_rank": place.local_rank}
+    store = None if dist.is_initialized() else _meet(place, found, arrival_seconds(recipe))
     if on_gpu:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        _initialize(place, "nccl" if on_gpu else "gloo", timeout, arrival_seconds(recipe))
+    if store is not None:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=recipe.parallel.tensor_model_parallel_size,
@@ -222,12 +259,11 @@ def meeting_at(store: Store | None, place: Place | Topology, seconds: float) -> 
     return Meeting(store, place.rank, place.world_size, whereabouts, seconds, _nodes_of_job)
 
 
-def _initialize(place: Place, backend: str, timeout: datetime.timedelta, arrival_seconds: float) -> None:
-    store: Store = HashStore()
-    if place.world_size > 1:
-        store = _connect_to_store(place, arrival_seconds)
-        meeting_at(store, place, arrival_seconds).agree("the start", None, lambda reports: None)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+def _meet(place: Place, found: dict[str, Any], seconds: float) -> Store:
+    """The store of a world whose ranks are all there, and have devices to train on together."""
+    store = _connect_to_store(place, seconds) if place.world_size > 1 else None
+    meeting_at(store, place, seconds).agree("the start", found, _judge_devices)
+    return store or HashStore()
 
 
 def _connect_to_store(place: Place, seconds: float) -> Store:
@@ -256,10 +292,12 @@ def _connect_to_store(place: Place, seconds: float) -> Store:
         )
     except dist.DistError as error:
         doing = "open the store" if opens else "reach rank 0"
-        raise PreflightError(
+        alone = PreflightError(
             f"rank {place.rank} on {node_name()} cannot {doing} at {address}:{port} within {seconds:.0f} s "
             f"({str(error).splitlines()[0]})"
-        ) from error
+        )
+        alone.on_all_ranks = False
+        raise alone from error
 
 
 def _slurm_rendezvous() -> tuple[str, str]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pretrain.__main__ import main
+from pretrain.errors import CheckpointError, DamagedCheckpoint, PreflightError, RecipeError, UserError
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import recipe_to_dict
 from tests.small_runs import change
@@ -51,6 +55,49 @@ def test_all_mistakes_at_once(write_recipe, capfd):
     assert "4 problems" in message
     for part in ("did you mean model.style", "batch.train_steps is 'many'", "precision is 'fp17'", "'nonsense' is not"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "says"),
+    [
+        ((0, 0), RecipeError(["x is 0"]), "error: the recipe has 1 problem:\n  - x is 0\n"),
+        ((3, 1), RecipeError(["x is 0"]), ""),  # the first rank of its node says it
+        ((2, 0), RecipeError(["x is 0"]), "rank 2 on n1: error: the recipe has 1 problem:\n  - x is 0\n"),
+        ((2, 0), CheckpointError("of another run"), "rank 2 on n1: error: of another run\n"),
+        ((3, 1), DamagedCheckpoint(Path("a"), ["b"]), "rank 3 on n1: error: a is damaged: b\n"),
+        ((3, 1), UserError("rank 3 on n1 is alone"), "error: rank 3 on n1 is alone\n"),
+        ((2, 0), PreflightError("n1 is empty"), ""),  # all ranks agreed on it
+        ((0, 0), PreflightError("n1 is empty"), "error: n1 is empty\n"),
+    ],
+)
+def test_who_says_what_is_wrong(monkeypatch, capfd, rank, error, says):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("pretrain.commands.prepare", fail)
+    monkeypatch.setattr("pretrain.__main__.FOR_ANOTHER_TO_SAY", 0.0)
+    for name, value in {"RANK": rank[0], "LOCAL_RANK": rank[1], "SLURMD_NODENAME": "n1"}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["prepare", "quickstart"]) == 2
+    assert capfd.readouterr().err == says
+
+
+def test_one_of_two_ranks_says_what_is_wrong(write_recipe, tmp_path):
+    """Both find it by themselves, and torchrun ends them as soon as one has."""
+    script = tmp_path / "late_first_rank.py"
+    script.write_text(
+        "import os, sys, time; from pretrain.__main__ import main\n"
+        "if os.environ['RANK'] == '0': time.sleep(3)\n"
+        "sys.exit(main())\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "train",
+         write_recipe(), "batch.train_steps=many"],
+        cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
+    assert "\nerror: " in "\n" + done.stderr and "batch.train_steps is 'many'" in done.stderr
 
 
 def test_values_out_of_range_all_at_once(write_recipe, capfd):

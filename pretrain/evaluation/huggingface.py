@@ -10,6 +10,7 @@ Letters: B texts, L window, V ids of the tokenizer. Rows that the model has beyo
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -163,6 +164,7 @@ class HuggingFaceModel:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise UserError(f"{folder} lacks weights of its model, which would be random: {missing} ...")
         self._model = model.to(device).eval()
+        _compute_logits_in_float32(model.get_output_embeddings())
         self._output, self._input = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         if min(len(self._output), len(self._input)) < vocab_size:
             raise UserError(
@@ -226,6 +228,16 @@ class HuggingFaceModel:
         first, second = (self._model(ids, use_cache=False).logits[0, :-1].float() for ids in (tokens, changed))
         if not torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
             raise UserError(f"{folder} has a model that sees the tokens to come: it is not a causal language model")
+
+
+def _compute_logits_in_float32(head: torch.nn.Module) -> None:
+    """As a run computes them: products in bfloat16 tie, and the lower id, which is more frequent, would win each time.
+
+    The copy is made once and is no part of the model, whose embeddings may be tied; caps and scales come after it.
+    """
+    if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
+        exact = copy.deepcopy(head).float()
+        head.forward = lambda hidden: exact(hidden.float())
 
 
 def _stream(tokens: HuggingFaceTokens, recipe: Recipe) -> tuple[TokenStream, int]:

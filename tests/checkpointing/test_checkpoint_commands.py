@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from pretrain.__main__ import main
-from pretrain.checkpointing.folder import checkpoints_in
+from pretrain.checkpointing.folder import checkpoints_in, remove
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder
 from tests.faults.harness import flip_bit
@@ -78,6 +79,34 @@ def test_verify(copy, capfd):
         assert f"step_00000004: {name} has another SHA-256 than the manifest says" in out
     called(capfd, "checkpoint", "verify", copy.run_folder, "--step", 6)
     called(capfd, "checkpoint", "verify", copy.run_folder, "--step", 4, code=2)
+
+
+def delete_before(monkeypatch, checkpoint, calls):
+    """A training deletes this checkpoint before the n-th look at one of its files."""
+    looks, stat = itertools.count(1), Path.stat
+
+    def racing(self, **options):
+        if self.parent == checkpoint and next(looks) == calls:
+            remove(checkpoint)
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", racing)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 9, 14])
+def test_what_is_deleted_meanwhile_is_left_out(copy, capfd, monkeypatch, calls):
+    checkpoints = RunFolder(copy.run_folder).checkpoints
+    with monkeypatch.context() as patched:
+        delete_before(patched, checkpoints / "step_00000002", calls)
+        rows = json.loads(called(capfd, "checkpoint", "list", "--json", copy.run_folder))
+    assert [(row["step"], row["valid"]) for row in rows] == [(4, True), (6, True)]
+    with monkeypatch.context() as patched:
+        delete_before(patched, checkpoints / "step_00000004", calls)
+        out = called(capfd, "checkpoint", "verify", copy.run_folder)
+    assert out.startswith("step_00000004: deleted meanwhile\nstep_00000006: ") and out.endswith("all valid\n")
+    with monkeypatch.context() as patched:
+        delete_before(patched, checkpoints / "step_00000006", calls)
+        called(capfd, "checkpoint", "verify", copy.run_folder, "--step", 6, code=2)
 
 
 def test_what_is_not_there(copy, capfd, tmp_path):
@@ -207,6 +236,7 @@ def test_going_back(run, copy, capfd, tmp_path):
     assert f"what was there is kept in {aside}" in out and "goes on from step 2 (512 tokens)" in out
     assert [entry.name for entry in checkpoints_in(aside / "checkpoints")] == ["step_00000006", "step_00000004"]
     assert [record["loss"] for record in read_metrics(copy)] == [record["loss"] for record in read_metrics(run)]
+    assert (aside / "metrics.jsonl").read_bytes() == RunFolder(run.run_folder).metrics_file.read_bytes()
     assert "trained already" in called(capfd, "train", path)
 
     shutil.rmtree(folder.path / "aside")

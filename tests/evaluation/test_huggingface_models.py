@@ -8,11 +8,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -20,6 +23,7 @@ from transformers import (
 )
 
 from pretrain.__main__ import main
+from pretrain.evaluation.huggingface import HuggingFaceModel
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
@@ -148,3 +152,37 @@ def test_folders_that_are_no_causal_language_models(exported, tmp_path, capfd):
             config[key] += 1
     (headless / "config.json").write_text(json.dumps(config))
     assert "lacks weights of its model, which would be random" in refused(capfd, headless, *arguments)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+def test_logits_are_computed_in_float32(tmp_path, kind):
+    """In bfloat16 they tie; a tied model stays tied, and what follows the output embedding still applies."""
+    torch.manual_seed(1)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=500, initializer_range=0.5))
+    else:
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+        model = Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=500, intermediate_size=16, initializer_range=0.5, final_logit_softcapping=3.0, **sizes
+            )
+        )
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    whole, found = (
+        HuggingFaceModel(tmp_path, 500, dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)
+    )
+    tokens = torch.randint(500, (16, 32))
+    with torch.no_grad():
+        rounded = plain(tokens).logits
+        hidden, weight = plain.base_model(tokens).last_hidden_state, plain.get_output_embeddings().weight
+        expected = hidden.float() @ weight.float().T
+        expected = 3 * torch.tanh(expected / 3) if kind == "gemma2" else expected
+        losses, predictions = found.token_losses(tokens, tokens)
+        assert torch.allclose(found.next_logits(tokens), expected[:, -1], rtol=1e-5, atol=1e-6)
+    assert rounded.dtype == torch.bfloat16 and (rounded.argmax(2) != expected.argmax(2)).float().mean() > 0.01
+    assert torch.equal(predictions, expected.argmax(2).flatten())
+    assert torch.allclose(
+        losses, torch.nn.functional.cross_entropy(expected.flatten(0, 1), tokens.flatten(), reduction="none")
+    )
+    assert found.parameters() == whole.parameters() and found.input_embedding() is None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -46,11 +49,57 @@ print("left alone")
 """
 
 
+STUCK = "ctypes.PyDLL(None).sleep(60)"  # a call into C that keeps the interpreter's lock: no Python thread can run
+
+
 def test_a_lock_that_is_never_given_back(tmp_path):
-    """A call into C that keeps the interpreter's lock: no Python thread can run, faulthandler's own can."""
-    code = LONG.format(seconds=1, file=str(tmp_path / "x"), body="dog.expect('step 1'); ctypes.PyDLL(None).sleep(60)")
-    done = run_python(code)
-    assert done.returncode == 1 and "Timeout (0:00:01.250000)!" in done.stderr and "File" in done.stderr
+    done = run_python(LONG.format(seconds=1, file=str(tmp_path / "x"), body=f"dog.expect('step 1'); {STUCK}"))
+    assert done.returncode == -signal.SIGALRM and 'File "<string>", line 6 in <module>' in done.stderr
+    assert "rank 5 hangs, and its interpreter is stuck" in done.stderr
+
+
+def test_a_lock_that_is_kept_in_time(tmp_path):
+    body = "dog.expect('step 1', 4); ctypes.PyDLL(None).sleep(3)"
+    done = run_python(LONG.format(seconds=1, file=str(tmp_path / "x"), body=body))
+    assert (done.returncode, done.stdout) == (0, "left alone\n"), done.stderr
+
+
+def suspended(tmp_path, bodies, *, with_guard):
+    """Exit codes and what was said by processes that are suspended for twice the time that their steps may take."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-u", "-c", LONG.format(seconds=1, file=str(tmp_path / "x"), body=body)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+        for body in (f"dog.expect('step 1'); print('began'); {body}" for body in bodies)
+    ]  # fmt: skip
+    send = os.killpg if with_guard else os.kill
+    for process in processes:
+        assert process.stdout.readline() == "began\n"
+        send(process.pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    for process in processes:
+        send(process.pid, signal.SIGCONT)
+    said = [process.communicate(timeout=60) for process in processes]
+    return [(process.returncode, out + errors) for process, (out, errors) in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize("with_guard", [True, False], ids=["the job", "the rank"])
+def test_time_in_which_a_job_is_suspended_does_not_count(tmp_path, with_guard):
+    bodies = ("time.sleep(0.1)", "time.sleep(60)", STUCK)
+    alive, hanging, stuck = suspended(tmp_path, bodies, with_guard=with_guard)
+    assert alive == (0, "left alone\n")
+    assert hanging[0] == EXIT_HUNG and "rank 5 hangs: no end of step 1 after 1 s" in hanging[1]
+    assert stuck[0] == -signal.SIGALRM and "its interpreter is stuck" in stuck[1]
+
+
+def test_no_process_is_left(tmp_path):
+    """Of a rank that was killed the guard ends too, though a forked child keeps the pipe between them."""
+    body = "os.fork() or (os.closerange(1, 3), time.sleep(20), os._exit(0)); os.kill(os.getpid(), 9)"
+    begin = time.monotonic()
+    done = run_python("import os\n" + LONG.format(seconds=60, file=str(tmp_path / "x"), body=body))
+    assert done.returncode == -signal.SIGKILL
+    assert time.monotonic() - begin < 15  # the guard's stderr was waited for
 
 
 def test_stacks_need_no_folder(tmp_path):
