@@ -38,9 +38,9 @@ BAND = "Lines are means over seeds, bands reach from the lowest to the highest s
 FIGURES = (
     FigureOfReport(
         "training", training_figure, True,
-        "Left: training loss (smoothed; as logged in the background) with validation. The first steps lie above the "
-        "frame. Right: the two ends of the vocabulary. Frequent tokens are learnt early; look at how far above them "
-        "the line of rare tokens stays, and whether it still falls at the end.",
+        "Left: training loss (smoothed; as logged in the background) with validation. The first steps may lie above "
+        "the frame. Right: the two ends of the vocabulary. Frequent tokens are learnt early; look at how far above "
+        "them the line of rare tokens stays, and whether it still falls at the end.",
         BAND,
     ),
     FigureOfReport(
