@@ -38,10 +38,10 @@ class AdaptiveGradientGating(torch.nn.Module):
     waiting for another. The optimizer has stepped by then: look at the loss before, if weights must stay finite. A
     loss is of one rank, a step of all: what one finds the others must be told, so that all take the step back or none.
 
-    In ``state_dict()`` are the counts that this rank holds. Where there are several ranks those of one are not the
-    window, and as checkpoints that rank 0 writes hold the state of one, torch.distributed.checkpoint also for one rank
-    only a state whose sizes do not change: keep ``get_extra_state()`` of each rank in a file of its own, outside the
-    state of the model (``pretrain/examples`` show it).
+    ``state_dict()`` holds this rank's part of the counts. Of several ranks that is not the whole window, so a
+    checkpoint that rank 0 alone writes loses the rest; and torch.distributed.checkpoint cannot load it even on one
+    rank, as its sizes change from step to step. Save ``get_extra_state()`` of each rank in a file of its own, beside
+    the state of the model (``pretrain/examples`` show it).
 
     Where activation checkpointing holds the loss, what it does again is not counted again. Under ``torch.compile`` on
     a CPU the answer is the same, and the graph breaks wherever a value is read.
