@@ -116,11 +116,11 @@ def _end(logs: Path, launcher_code: int) -> int:
 
 def _record_end(folder: RunFolder, job: Job, logs: Path, facts: dict[str, Any], is_training: bool) -> None:
     try:
-        write_json(logs / ENDING, facts)
         if is_training:
             record_event(
                 folder.jobs_file, "end", incarnation=job.incarnation, job_id=job.job_id, restarts=job.restarts, **facts
             )
+        write_json(logs / ENDING, facts)
     except OSError as error:  # what follows must still be said
         print(f"cannot write {error.filename or folder.path}: {error.strerror}", file=sys.stderr)
 

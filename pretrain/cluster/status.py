@@ -70,7 +70,7 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
         return
     if "manifest.json" in entries:  # prepared data
         return
-    if planned := _planned_in(folder):
+    if PLAN in entries and (planned := _planned_in(folder)):
         yield from (folder / name for name in planned)
     elif PLAN not in entries and any(name in entries for name in SIGNS_OF_A_RUN):
         yield folder

@@ -58,13 +58,13 @@ def write_seeds(root: Path, kind: str, seeds: Sequence[int], name: str = "", **e
 def skip_step(folder: Path, step: int) -> None:
     """As if this logged step had not been trained on: its loss is apart, and its tokens never came."""
 
-    def skip(record: dict[str, Any]) -> None:
+    def without(record: dict[str, Any]) -> None:
         record["tokens"] -= TOKENS_PER_STEP * (record["step"] >= step)
         if record["step"] == step:
             lost = {key: record.pop(key) for key in ("loss", "learning_rate", "grad_norm")}
             record["skipped"] = {"reason": "the loss is nan", "loss": None, "grad_norm": lost["grad_norm"]}
 
-    change_records(folder, skip)
+    change_records(folder, without)
 
 
 def change_records(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
