@@ -23,7 +23,6 @@ export PRETRAIN_INCARNATION=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 over=${PRETRAIN_TIME_IS_OVER:-} srun= # SLURM warns once, and this shell alone (--signal=B:USR1): it is told to srun
 trap 'over=1; [[ -z $srun ]] || kill -USR1 "$srun" 2> /dev/null || true' USR1
-trap '[[ -z $srun ]] || kill -TERM "$srun" 2> /dev/null || true' TERM INT
 PRETRAIN_JOB_LOGS=$("$python" -m pretrain.cluster.batch begin "$@")
 export PRETRAIN_JOB_LOGS
 [[ -z $over ]] || exec "$python" -m pretrain.cluster.batch end "$PRETRAIN_JOB_LOGS" $((128 + $(kill -l USR1)))
@@ -33,6 +32,7 @@ srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NU
     --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --output="$PRETRAIN_JOB_LOGS/node_%N.log" ${SRUN_OPTIONS:-} \
     "$python" -m pretrain.cluster.node "$@" < /dev/null &
 srun=$!
+trap 'kill -TERM "$srun" 2> /dev/null || true' TERM INT # before, it ends this shell, as nothing is to be saved
 [[ -z $over ]] || kill -USR1 "$srun" 2> /dev/null || true # it came just before
 tail --pid="$srun" -n +1 -F "$PRETRAIN_JOB_LOGS/rank_00000.log" 2> /dev/null &
 tail=$!
