@@ -243,6 +243,7 @@ def disconnect() -> None:
 
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None  # it forgets this one
         dist.destroy_process_group()
 
 

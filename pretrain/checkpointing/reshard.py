@@ -44,3 +44,4 @@ def reshard(folder: RunFolder, checkpoint: Path, recipe: Recipe, topology: Topol
         shutil.rmtree(staging)
         say(f"{checkpoint.name} is on {topology.describe()} now; the one before is kept in {aside}")
     dist.barrier()
+    run.engine.destroy()  # see pretrain.training.loop.train

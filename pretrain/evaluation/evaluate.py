@@ -37,6 +37,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
     run.engine.eval()
     subject = subject_of_run(run, SPLIT, show=True)
     found, arrays = measure(subject, [Path(name) for name in recipe.reporting.word_similarity])
+    run.engine.destroy()  # see pretrain.training.loop.train
     if not topology.is_first:
         return
     size = model_size(recipe.model, run.prepared.vocab_size)

@@ -50,4 +50,5 @@ def generate_text(
         seed=recipe.seed,
         stop_id=tokenizer.eos_id,
     )
+    run.engine.destroy()  # see pretrain.training.loop.train
     return tokenizer.decode(continued[0].tolist())  # the end of the document has no text

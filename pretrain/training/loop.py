@@ -83,6 +83,7 @@ def train(
         last = min(stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
         if not stop.wanted():
             _run_steps(run, batches, writer, folder, last, stop, watchdog)
+    run.engine.destroy()  # else its hooks keep it, and its groups with their threads, as long as the process lives
     return run.progress
 
 

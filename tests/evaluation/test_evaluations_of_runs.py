@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,10 @@ from pretrain.__main__ import main
 from pretrain.checkpointing.folder import read_manifest, write_manifest
 from pretrain.evaluation.evaluation_file import read_evaluation
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
+from pretrain.topology import connect
+from tests.distributed import run_ranks
 from tests.small_runs import change, train_on_ranks
+from tests.training.processes import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +145,28 @@ def test_bad_word_pairs_are_refused_before_anything_is_computed(run, tmp_path, c
     monkeypatch.setattr("pretrain.commands.connect", None)
     assert part in refused(capfd, folder.path)
     assert not folder.evaluation_file.exists()
+
+
+def threads_of_groups() -> int:
+    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    return sum(name.read_text().startswith("gloo_tcp_loop") for name in names if name.exists())
+
+
+def degree_of_rank(rank, world_size, recipe):
+    return connect(recipe).data_parallel_size
+
+
+def test_a_process_lets_go_of_its_groups(prepared_recipe, tmp_path):
+    """And so of its engines, which hold them: a notebook may train, evaluate and generate one after the other.
+
+    None is left to a forked process either, which would wait for threads that a fork does not have.
+    """
+    recipe = change(prepared_recipe, output_root=str(tmp_path), device="cpu")
+    gc.collect()
+    before = threads_of_groups()
+    for command in (["train", write_recipe(recipe, tmp_path)], ["evaluate", str(recipe.run_folder)]):
+        assert main(command) == 0
+    assert main(["generate", str(recipe.run_folder), "--prompt", "the", "--max-new-tokens", "2"]) == 0
+    gc.collect()
+    assert threads_of_groups() <= before
+    assert run_ranks(degree_of_rank, 2, recipe, timeout_s=60) == [2, 2]
