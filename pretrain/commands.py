@@ -70,11 +70,12 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
     quiet_third_party()
     with contextlib.ExitStack() as stack:
         if is_first and not options.claimed:
-            prepared = _check_before_start(recipe, place, folder)
+            goes_on_from = _to_go_on_from(options, folder)
+            prepared = _check_before_start(recipe, place, folder, goes_on_from)
             given = text_as_given(options.recipe, options.overrides)
             if not options.from_scratch:
                 folder.check(recipe, allow_changes=options.allow_changes)
-            check_newest(_to_go_on_from(options, folder), recipe, prepared, allow_changes=options.allow_changes)
+            check_newest(goes_on_from, recipe, prepared, allow_changes=options.allow_changes)
             make_folder(folder.path)
             lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             forget_incarnation(folder.path)
@@ -113,7 +114,7 @@ def reshard(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         if not options.claimed and (place is None or place.rank == 0):
             folder.check(recipe)
-            _check_before_start(on_cpu, place, folder)
+            _check_before_start(on_cpu, place, folder, [checkpoint])
             lock = stack.enter_context(run_lock(folder.path, succeeds=has_taken_over(folder.path)))
             if place is None and recipe.local_world_size > 1:
                 arguments = ["checkpoint", "reshard", str(options.folder), *options.overrides]
@@ -240,24 +241,30 @@ def report(options: argparse.Namespace) -> None:
     say(f"report: {output}")
 
 
-def _check_before_start(recipe: Recipe, place: Place | None, folder: RunFolder) -> PreparedData:
+def _check_before_start(
+    recipe: Recipe, place: Place | None, folder: RunFolder, goes_on_from: Sequence[Path]
+) -> PreparedData:
     if place is None:
         check_devices(recipe, recipe.local_world_size)
-    return check_run(recipe, recipe.local_world_size if place is None else place.world_size, folder)
+    return check_run(recipe, recipe.local_world_size if place is None else place.world_size, folder, goes_on_from)
 
 
-def check_run(recipe: Recipe, world_size: int, folder: RunFolder | None = None) -> PreparedData:
-    """Everything that can be refused before ranks start, on any machine: layout, DeepSpeed's file, data."""
+def check_run(recipe: Recipe, world_size: int, folder: RunFolder, goes_on_from: Sequence[Path]) -> PreparedData:
+    """Everything that can be refused before ranks start, on any machine: layout, DeepSpeed's file, data, first weights.
+
+    Args:
+        folder: of the run, which may have been moved since its recipe was written.
+        goes_on_from: checkpoints; without any, the first weights are needed.
+    """
     from pretrain.data.prepared import PreparedData, check_length
     from pretrain.training.deepspeed_config import deepspeed_config
 
-    folder = folder or RunFolder(recipe.run_folder)  # a run may have been moved since its recipe was written
     if folder.stop_file.exists():
         raise UserError(f"{folder.stop_file} asks this run to stop: delete it to go on")
     deepspeed_config(recipe, data_parallel_size_of(recipe, world_size))
     prepared = PreparedData.open(recipe)
     check_length(prepared, recipe)
-    if recipe.model.init_from and not checkpoints_in(folder.checkpoints):
+    if recipe.model.init_from and not goes_on_from:
         from pretrain.checkpointing.huggingface.initial_weights import check_initial_weights
 
         check_initial_weights(recipe, prepared)

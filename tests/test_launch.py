@@ -32,8 +32,10 @@ import sys
 from pretrain.commands import check_run
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe_io import load_recipe
+from pretrain.run_folder import RunFolder
 quiet_third_party()
-check_run(load_recipe(sys.argv[1]), 2)
+recipe = load_recipe(sys.argv[1])
+check_run(recipe, 2, RunFolder(recipe.run_folder), [])
 print("megatron.core" in sys.modules)
 import pretrain.training.loop
 print("megatron.core" in sys.modules, "torch._inductor.compile_fx" in sys.modules)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pretrain.checkpointing.folder import checkpoints_in, step_of
+from pretrain.checkpointing.identity import check_newest
 from pretrain.cluster.job import ASK_SECONDS, read_events, record_event
 from pretrain.cluster.job_script import (
     SITE_OPTIONS,
@@ -53,8 +54,10 @@ def submit(options: argparse.Namespace) -> int:
     site = site_environment()
     request = request_of(options, recipe, site)
     folder = RunFolder(recipe.run_folder)
-    prepared = check_run(recipe, request.world_size)
+    checkpoints = checkpoints_in(folder.checkpoints)
+    prepared = check_run(recipe, request.world_size, folder, checkpoints)
     folder.check(recipe)
+    check_newest(checkpoints, recipe, prepared, allow_changes=False)
     launch = ["slurm/launch.sh", "train", str(folder.job_recipe.absolute())]
     script = job_script(request, folder.logs, launch, site, "submit")
     if options.dry_run:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.__main__ import main
+from pretrain.checkpointing.folder import checkpoints_in, step_of
 from pretrain.commands import check_run
 from pretrain.data.loader import TrainingBatches, training_dataset
 from pretrain.data.prepared import PreparedData
@@ -19,6 +20,7 @@ from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
 from tests.small_runs import change, read_metrics, train_on_ranks
+from tests.training.processes import write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +102,26 @@ def test_a_resumed_run_needs_the_folder_no_more(trained, tmp_path):
     whole = train_on_ranks(change(recipe, name="whole"), 2)
     train_on_ranks(recipe, 2, stop_at_step=2)
     shutil.rmtree(copy)
-    check_run(recipe, 2)  # as train does before it starts ranks
+    run = RunFolder(recipe.run_folder)
+    check_run(recipe, 2, run, checkpoints_in(run.checkpoints))  # as train does before it starts ranks
     train_on_ranks(recipe, 2, stop_at_step=3)
     without = change(recipe, model={"init_from": ""})
     assert [record["loss"] for record in train_on_ranks(without, 2)] == [record["loss"] for record in whole]
-    (change_made,) = RunFolder(recipe.run_folder).changes_file.read_text().splitlines()
+    (change_made,) = run.changes_file.read_text().splitlines()
     assert f"model.init_from: there '{copy}', asked for ''" in change_made
+
+
+def test_a_run_that_cannot_start_again_is_not_set_aside(trained, tmp_path, capfd):
+    source, folder = trained
+    copy = shutil.copytree(folder, tmp_path / "weights")
+    recipe = change(source, output_root=str(tmp_path), model={"init_from": str(copy)}, batch={"train_steps": 2})
+    train_on_ranks(recipe, 2)
+    (copy / "model.safetensors").unlink()
+    assert main(["train", write_recipe(recipe, tmp_path), "--from-scratch"]) == 2
+    assert "weights" in capfd.readouterr().err
+    run = RunFolder(recipe.run_folder)
+    assert [step_of(path) for path in checkpoints_in(run.checkpoints)] == [2]
+    assert not (run.path / "aside").exists()
 
 
 def test_train_refuses_before_anything_is_written(trained, tmp_path, capfd):

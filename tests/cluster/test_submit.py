@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from pretrain.__main__ import main
+from pretrain.checkpointing.folder import checkpoints_in, read_manifest, write_manifest
 from pretrain.cluster import submit as module
 from pretrain.cluster.job_script import ROOT, SITE_OPTIONS, seconds_of, site_environment
 from pretrain.errors import UserError
 from pretrain.recipe_io import load_recipe, recipe_to_dict
 from pretrain.run_folder import RunFolder
 from tests.cluster.fake_slurm import FakeSlurm, take_away
-from tests.small_runs import change
+from tests.small_runs import change, train_on_ranks
 
 
 @pytest.fixture
@@ -254,6 +255,19 @@ def test_stop_file_and_another_run(home, slurm, capfd):
     assert "optimizer.learning_rate: there" in refused(capfd, "optimizer.learning_rate=1.0")
     folder.stop_file.touch()
     assert "asks this run to stop" in refused(capfd)
+    assert slurm.scripts == []
+
+
+def test_a_checkpoint_of_other_data(home, slurm, capfd):
+    """Ranks on all nodes would only be told to go."""
+    recipe = change(load_recipe("r.yaml"), batch={"train_steps": 2})
+    train_on_ranks(recipe, 1, stop_at_step=1)
+    (checkpoint,) = checkpoints_in(RunFolder(recipe.run_folder).checkpoints)
+    manifest = read_manifest(checkpoint)
+    manifest["identity"]["data_sha256"] = "0" * 64
+    write_manifest(checkpoint, manifest)
+    message = refused(capfd, "batch.train_steps=2")
+    assert "step_00000001 is of another run (data_sha256: saved with 000" in message
     assert slurm.scripts == []
 
 
