@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.checkpointing.checkpoint import load_checkpoint
-from pretrain.checkpointing.folder import read_manifest
+from pretrain.checkpointing.folder import read_manifest, step_of
 from pretrain.checkpointing.identity import NOT_OF_WEIGHTS
 from pretrain.checkpointing.trained_on import trained_on_of
 from pretrain.console import say
@@ -23,13 +23,16 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
 from pretrain.topology import Topology
 from pretrain.training.metrics import read_metrics
-from pretrain.training.setup import Run, build_run
+from pretrain.training.setup import build_run
 
 SPLIT: Split = "test"
 
 
 def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoint: Path) -> None:
     """Measure one checkpoint on the test split; a collective."""
+    # Before hours of measuring, not after them; on all ranks, so that they end alike.
+    make_folder(folder.evaluation_files(checkpoint)[0].parent)
+    facts = _training_facts(folder, checkpoint)
     run = build_run(recipe, topology)
     run.progress = load_checkpoint(
         run.engine, checkpoint, run.objective.load_state_dict, topology, run.identity, recipe.seed, NOT_OF_WEIGHTS
@@ -52,7 +55,7 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
         **found,
         "parameters": size.total,
         "parameters_without_embeddings": size.without_embeddings,
-        "training": _training_facts(run, folder, checkpoint),
+        "training": facts,
     }
     write_evaluation(evaluation, arrays, *folder.evaluation_files(checkpoint))
 
@@ -72,9 +75,9 @@ def write_evaluation(evaluation: dict[str, Any], arrays: Arrays, file: Path, arr
     )
 
 
-def _training_facts(run: Run, folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
+def _training_facts(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
     """How the run was trained up to the checkpoint, from its records, and where that was saved."""
-    records = [record for record in read_metrics(folder.metrics_file) if record["step"] <= run.progress.step]
+    records = [record for record in read_metrics(folder.metrics_file) if record["step"] <= step_of(checkpoint)]
     rates = [record["tokens_per_second"] for record in records]
     seconds, last_step = 0.0, 0
     for record in records:

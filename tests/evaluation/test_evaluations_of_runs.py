@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,19 @@ def test_bad_word_pairs_are_refused_before_anything_is_computed(run, tmp_path, c
     monkeypatch.setattr("pretrain.commands.connect", None)
     assert part in refused(capfd, folder.path)
     assert not folder.evaluation_file.exists()
+
+
+def test_what_would_lose_a_finished_evaluation_is_refused_before_it(run, capfd, monkeypatch, tmp_path):
+    """A place that cannot be written to, and records that cannot be read."""
+    monkeypatch.setattr("pretrain.evaluation.evaluate.build_run", None)
+    folder = RunFolder(tmp_path)
+    for path in (run.recipe_file, run.metrics_file):
+        shutil.copy(path, tmp_path)
+    folder.checkpoints.symlink_to(run.checkpoints)
+    (tmp_path / "evaluations").touch()
+    assert "cannot create the folder" in refused(capfd, tmp_path, "--checkpoint", 3)
+    folder.metrics_file.unlink()
+    assert f"cannot read {folder.metrics_file}" in refused(capfd, tmp_path)
 
 
 def threads_of_groups() -> int:
