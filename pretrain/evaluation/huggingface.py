@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from agg import VocabShard
@@ -34,6 +35,7 @@ from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
 from pretrain.versions import versions
 
+Ids = npt.NDArray[np.int64]
 DOCUMENTS_AT_ONCE = 256
 NOT_TRAINED_HERE = (
     "tokens_per_second", "seconds", "world_size", "tensor_model_parallel_size", "data_parallel_size", "sharding",
@@ -106,7 +108,7 @@ class HuggingFaceTokens:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # each kind of tokenizer has its own
             raise UserError(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # len() counts tokens, and ids may have gaps
         self.unk_id: int | None = self._tokenizer.unk_token_id
         if not self.encode("a"):
             raise UserError(f"{folder} has no tokenizer: put the files there that AutoTokenizer loads")
@@ -124,7 +126,7 @@ class HuggingFaceTokens:
     def piece(self, token_id: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
-    def documents(self, recipe: Recipe, split: Split) -> Iterator[tuple[list[int], int]]:
+    def documents(self, recipe: Recipe, split: Split) -> Iterator[tuple[Ids, int]]:
         """Ids of some documents, each with its end, and their bytes of UTF-8, until the split ends."""
         texts: list[str] = []
         with bar(None, f"tokenizing {split}", "documents") as progress:
@@ -137,10 +139,11 @@ class HuggingFaceTokens:
         if texts:
             yield self._ids(texts)
 
-    def _ids(self, texts: list[str]) -> tuple[list[int], int]:
+    def _ids(self, texts: list[str]) -> tuple[Ids, int]:
         end = self._tokenizer.eos_token_id
         encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [i for ids in encoded for i in (*ids, end)], sum(len(text.encode("utf-8")) for text in texts)
+        ids = np.array([i for document in encoded for i in (*document, end)])
+        return ids, sum(len(text.encode("utf-8")) for text in texts)
 
 
 class HuggingFaceModel:
@@ -174,6 +177,7 @@ class HuggingFaceModel:
         # Only the last logits, where the model knows how not to compute the others.
         arguments = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+        self._check_finite(folder)
         self._check_causal(folder)
 
     @property
@@ -220,14 +224,29 @@ class HuggingFaceModel:
         return Embedding(weight.detach(), VocabShard(0, len(weight), self._vocab_size))
 
     @torch.no_grad()
+    def _check_finite(self, folder: Path) -> None:
+        found = [*(weight[: self._vocab_size] for weight in (self._output, self._input)), self._some_logits()]
+        if not all(bool(values.isfinite().all()) for values in found):
+            raise UserError(
+                f"{folder} has a model whose embeddings or logits are not finite: get its files again, or measure it "
+                "with precision=fp32"
+            )
+
+    @torch.no_grad()
     def _check_causal(self, folder: Path) -> None:
         """transformers also loads masked language models as causal ones; their perplexity would mean nothing."""
-        tokens = torch.arange(8, device=self.device)[None] % self._vocab_size
-        changed = tokens.clone()
-        changed[0, -1] = 0
-        first, second = (self._model(ids, use_cache=False).logits[0, :-1].float() for ids in (tokens, changed))
+        first, second = self._some_logits(), self._some_logits(last=self._vocab_size // 2)
         if not torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max())):
             raise UserError(f"{folder} has a model that sees the tokens to come: it is not a causal language model")
+
+    def _some_logits(self, last: int | None = None) -> torch.Tensor:
+        """[7, V]: after each of eight tokens but the last, which may be another. The lowest ids are often special, and
+        hidden from a model that looks for its padding."""
+        tokens = (self._vocab_size // 2 + torch.arange(8, device=self.device)[None]) % self._vocab_size
+        if last is not None:
+            tokens[0, -1] = last
+        logits = self._model(tokens, use_cache=False).logits[0, :-1, : self._vocab_size]
+        return torch.as_tensor(logits).float()
 
 
 def _compute_logits_in_float32(head: torch.nn.Module) -> None:
@@ -243,7 +262,7 @@ def _compute_logits_in_float32(head: torch.nn.Module) -> None:
 def _stream(tokens: HuggingFaceTokens, recipe: Recipe) -> tuple[TokenStream, int]:
     """The test split in memory, and its bytes."""
     parts = list(tokens.documents(recipe, SPLIT))
-    ids = torch.tensor([i for part, _ in parts for i in part])
+    ids = torch.from_numpy(np.concatenate([part for part, _ in parts]))
     name = f"the {SPLIT} split of data.corpus"
     return TokenStream(name, len(ids), 0, lambda start, count: ids[start : start + count]), sum(n for _, n in parts)
 
