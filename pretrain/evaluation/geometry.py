@@ -70,7 +70,7 @@ def measure_geometry(weight: torch.Tensor, shard: VocabShard, rows: torch.Tensor
         rows: bool [V_local], the rows to look at, say the ids that occur in the training data; None: all.
 
     Raises:
-        ValueError: fewer than two rows count, all of them are zero, or a shape is not as above.
+        ValueError: fewer than two rows count, all of them are zero, one is not finite, or a shape is not as above.
     """
     moments = _moments(weight, shard, rows)
     mean_norm = moments.norm_sum / moments.rows
@@ -228,6 +228,8 @@ def _moments(weight: torch.Tensor, shard: VocabShard, rows: torch.Tensor | None)
     shard.all_reduce(second)
     if sums[0] < 2:
         raise ValueError(f"{int(sums[0])} rows count, the geometry needs two")
+    if not sums[1].isfinite():  # on all ranks: of such a matrix the one that has it has no eigenvalues
+        raise ValueError("the embedding has rows that are not finite: it has no geometry")
     return _Moments(
         rows=int(sums[0]),
         norm_sum=float(sums[1]),

@@ -20,7 +20,7 @@ from pretrain.evaluation.geometry import (
     row_norms,
     singular_values,
 )
-from tests.distributed import run_ranks
+from tests.distributed import caught, run_ranks
 
 VOCAB, WIDTH = 507, 24
 
@@ -187,3 +187,17 @@ def test_what_has_no_geometry_is_refused() -> None:
         measure_geometry(torch.ones(7, 4), shard)
     with pytest.raises(ValueError, match="rows must be bool"):
         measure_geometry(torch.ones(8, 4), shard, torch.ones(8))
+
+
+def of_a_bad_row(rank: int, world_size: int, value: float) -> str:
+    whole = embedding()
+    whole[400, 3] = value  # on the last rank
+    weight, shard = shard_of(whole, rank, world_size)
+    return caught(lambda: measure_geometry(weight, shard))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_refused_on_all_ranks(value: float) -> None:
+    """LAPACK refuses them where the eigenvalues are found, on one rank, while the others would wait for it."""
+    expected = ["ValueError: the embedding has rows that are not finite: it has no geometry"] * 2
+    assert run_ranks(of_a_bad_row, 2, value, timeout_s=20) == expected
