@@ -22,6 +22,7 @@ from pretrain.files import file_sha256
 
 Encode = Callable[[str], list[int]]
 DRAWS, SEED = 1_000, 0  # of the bootstrap
+DRAWS_AT_ONCE = 50  # every rank ranks them, in several copies
 FEWEST_PAIRS = 10  # that an interval is given for: draws of fewer are hardly different
 CONFIDENCE = (2.5, 97.5)  # percentiles
 
@@ -125,11 +126,14 @@ def bootstrap_interval(first: Sequence[float], second: Sequence[float]) -> list[
         return None
     columns = np.array([first, second])
     places = np.random.default_rng(SEED).integers(len(first), size=(DRAWS, len(first)))
-    with np.errstate(invalid="ignore"):
-        ranks = rankdata(columns[:, places], axis=-1)  # [2, DRAWS, n]
-        ranks -= ranks.mean(-1, keepdims=True)
-        ranks /= np.linalg.norm(ranks, axis=-1, keepdims=True)
-    found = (ranks[0] * ranks[1]).sum(-1).clip(-1, 1)
+    correlations = []
+    for some in np.array_split(places, DRAWS // DRAWS_AT_ONCE):
+        with np.errstate(invalid="ignore"):
+            ranks = rankdata(columns[:, some], axis=-1)  # [2, draws, n]
+            ranks -= ranks.mean(-1, keepdims=True)
+            ranks /= np.linalg.norm(ranks, axis=-1, keepdims=True)
+        correlations.append((ranks[0] * ranks[1]).sum(-1).clip(-1, 1))
+    found = np.concatenate(correlations)
     found = found[np.isfinite(found)]
     return np.percentile(found, CONFIDENCE).tolist() if len(found) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +130,17 @@ def test_the_interval_is_of_resampled_pairs() -> None:
     assert [low, high] == pytest.approx(np.percentile(found, [2.5, 97.5]).tolist(), rel=1e-9)
     assert low < spearmanr(first, second).statistic < high and high - low > 0.1
     assert bootstrap_interval(first.tolist(), second.tolist()) == [low, high]
+
+
+def test_the_interval_of_many_pairs_takes_little_memory() -> None:
+    """All draws at once would take 110 bytes a pair and draw, in every rank."""
+    generator = np.random.default_rng(5)
+    first, second = generator.normal(size=(2, 2_000)).tolist()
+    tracemalloc.start()
+    assert bootstrap_interval(first, second) is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * DRAWS * len(first)
 
 
 def test_an_interval_of_few_pairs() -> None:
