@@ -49,7 +49,8 @@ def choose(logits: torch.Tensor, draws: torch.Tensor, temperature: float, top_p:
     """int64 [B]: a token for each row of logits [B, V], by a number in [0, 1) each, fp64 [B]."""
     if temperature == 0:
         return logits.argmax(1)
-    falling, ids = (logits.double() / temperature).softmax(1).sort(stable=True, dim=1, descending=True)
+    below = logits.double() - logits.amax(1, keepdim=True)  # first: a small temperature would make them infinite
+    falling, ids = (below / temperature).softmax(1).sort(stable=True, dim=1, descending=True)
     before = falling.cumsum(1) - falling
     falling = torch.where(before < top_p, falling, 0.0)  # always the first
     reached = falling.cumsum(1)

@@ -33,6 +33,12 @@ def test_tokens_are_drawn_from_the_nucleus(temperature: float, top_p: float, exp
     assert choices(temperature, top_p) == pytest.approx(expected, abs=2e-5)
 
 
+def test_a_tiny_temperature_takes_the_most_likely() -> None:
+    """Divided by it, logits as they are would be infinite."""
+    logits = torch.tensor([[-7.0, 30.0, 12.0], [50.0, -80.0, 49.0]])
+    assert choose(logits, torch.full((2,), 0.7, dtype=torch.float64), 5e-324, 1.0).tolist() == [1, 0]
+
+
 def test_the_last_draw_stays_in_the_nucleus() -> None:
     logits = torch.randn(2_000, 300, generator=torch.Generator().manual_seed(0))
     draws = torch.full((2_000,), 1 - 2.0**-53, dtype=torch.float64)
