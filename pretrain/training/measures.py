@@ -102,9 +102,7 @@ class Measures:
         engine.eval()
         grouped = subject_of_run(self._run, "valid").perplexity(limit=limit)
         engine.train(was_training)
-        perplexity = grouped.perplexity()
-        loss = math.log(perplexity["total"]) if perplexity["total"] else None
-        return {"validation_perplexity": perplexity, "validation_loss": loss}
+        return {"validation_perplexity": grouped.perplexity(), "validation_loss": grouped.mean_loss()["total"]}
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evaluation.frequency_groups import GROUPS, frequency_groups
+from pretrain.evaluation.frequency_groups import GROUPS, GroupedPerplexity, frequency_groups
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
@@ -179,3 +181,15 @@ def test_plain_training_has_losses_but_no_gates(prepared_recipe, tmp_path):
     last = train_on_ranks(change(prepared_recipe, output_root=str(tmp_path), objective={"method": "mle"}), 1)[-1]
     assert last["loss_by_group"]["total"] == pytest.approx(last["loss"], rel=1e-6)
     assert "row_norm_by_decile" in last and not {"gated_share", "g1_by_decile", "rare_fraction"} & set(last)
+
+
+def test_a_validation_loss_is_finite_where_its_perplexity_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pretrain.training import measures
+
+    grouped = GroupedPerplexity(frequency_groups(torch.arange(9)))
+    grouped.update(torch.full((4,), 800.0), torch.arange(4))
+    monkeypatch.setattr(measures, "subject_of_run", lambda *_: SimpleNamespace(perplexity=lambda limit: grouped))
+    of_run = object.__new__(measures.Measures)
+    of_run._run, of_run._reporting = mock.MagicMock(), mock.MagicMock()
+    record = of_run._validation()
+    assert (record["validation_perplexity"]["total"], record["validation_loss"]) == (math.inf, 800.0)
