@@ -83,7 +83,7 @@ def read_arrays(path: Path, *, whole: bool = True) -> dict[str, npt.NDArray[Any]
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error}): {again(path)}") from error
     missing = [name for name in ARRAYS if name not in arrays]
     if missing and whole:
@@ -123,6 +123,8 @@ def look_up(tree: Any, path: Sequence[str]) -> Any:
 def again(path: Path) -> str:
     """How to make a file of a run once more."""
     folder = path.parent.parent if path.parent.name == "evaluations" else path.parent
+    if not RunFolder(folder).recipe_file.exists():  # where a published model was measured
+        return f"run the `python -m pretrain evaluate HF_FOLDER --data RECIPE --output {folder}` that made it again"
     step = f" --checkpoint {step_of(path.with_suffix(''))}" if path.parent.name == "evaluations" else ""
     return f"run `python -m pretrain evaluate {folder}{step}` again"
 

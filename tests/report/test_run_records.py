@@ -124,6 +124,28 @@ def test_arrays_that_do_not_fit_are_damage(tmp_path: Path) -> None:
         read_runs([folder])
 
 
+@pytest.mark.parametrize("place", ["flags", "method"])
+def test_arrays_with_a_changed_bit_are_damage(place: str, tmp_path: Path) -> None:
+    """Each makes another kind of error in zipfile: a password is needed, or a compression that is not known."""
+    path = write_run(tmp_path, "one") / "evaluation.npz"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + {"flags": 8, "method": 10}[place]] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*evaluation\.npz .*: run `python .* evaluate .*one` again"):
+        read_runs([path.parent])
+    np.save(path.open("wb"), np.arange(3))
+    with pytest.raises(UserError, match=r"cannot read .*evaluation\.npz .*: run `python .* evaluate .*one` again"):
+        read_runs([path.parent])
+
+
+def test_the_way_out_for_a_published_model_is_its_own_command(tmp_path: Path) -> None:
+    folder = write_published_model(tmp_path)
+    tree = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    write_evaluation(folder, tree | {"format": 3})
+    with pytest.raises(UserError, match=f"evaluate HF_FOLDER --data RECIPE --output {folder}` that made it again"):
+        read_runs([folder])
+
+
 @pytest.mark.parametrize("arrays", [True, False])
 def test_a_published_model_has_neither_recipe_nor_metrics(arrays: bool, tmp_path: Path) -> None:
     (record,) = read_runs([write_published_model(tmp_path, arrays=arrays)])
