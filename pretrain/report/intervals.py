@@ -59,7 +59,13 @@ def paired_percent(values: Sequence[float], bases: Sequence[float]) -> Interval:
     """
     logs = t_interval([math.log(value / base) for value, base in zip(values, bases, strict=True)])
 
-    def percent(log: float | None) -> float | None:
-        return None if log is None else 100 * math.expm1(log)
+    low, high = (None if end is None else _percent(end) for end in (logs.low, logs.high))
+    return Interval(_percent(logs.mean), low, high, logs.count)
 
-    return Interval(100 * math.expm1(logs.mean), percent(logs.low), percent(logs.high), logs.count)
+
+def _percent(log: float) -> float:
+    """Infinite where it overflows, as it does with one seed that diverged."""
+    try:
+        return 100 * math.expm1(log)
+    except OverflowError:
+        return math.inf

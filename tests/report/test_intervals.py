@@ -47,6 +47,13 @@ def test_percent_by_the_logarithm_of_ratios() -> None:
     assert (1 + found.low / 100) * (1 + swapped.high / 100) == pytest.approx(1)
 
 
+def test_a_seed_that_diverged_leaves_an_interval_without_an_end() -> None:
+    """With two seeds the quantile is 12.7: a perplexity of 1e60 is enough."""
+    found = paired_percent([1e60, 100.0], [100.0, 100.0])
+    assert found.mean == pytest.approx(1e31) and found.low == pytest.approx(-100) and found.high == math.inf
+    assert not found.excludes_zero
+
+
 def test_no_interval_of_one_value_or_of_infinity() -> None:
     assert (t_interval([3.0]).low, t_interval([3.0]).high) == (None, None)
     assert not t_interval([3.0]).excludes_zero
