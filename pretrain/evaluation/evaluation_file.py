@@ -35,7 +35,7 @@ TABLES = (
 NEVER_NULL = ("perplexity", "unique_tokens", "unique_targets", "target_tokens")
 # Entries in which other things than numbers stand.
 NOT_NUMBERS = ("format", "run", "method", "split", "under_trained_tokens", "examples", "hardware", "versions",
-               "sharding", "precision", "sha256")  # fmt: skip
+               "sharding", "precision", "sha256", "interval")  # fmt: skip
 TOKEN_ENTRY: dict[str, type] = {"id": int, "text": str, "count": int, "cosine": float}
 EXAMPLE_ENTRY: dict[str, type] = {"prompt": str, "greedy": str, "sampled": str, "human": str}
 
@@ -130,9 +130,9 @@ def again(path: Path) -> str:
 
 
 def _leaves(tree: dict[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What is neither a table nor a list, where numbers should be."""
+    """What is no table, where numbers should be."""
     for key, value in tree.items():
-        if key in NOT_NUMBERS or isinstance(value, list):
+        if key in NOT_NUMBERS:
             continue
         if isinstance(value, dict):
             yield from _leaves(value, (*place, key))

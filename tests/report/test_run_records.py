@@ -101,6 +101,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         ("perplexity", 3.0, "perplexity is 3.0"),
         ("perplexity", None, "perplexity is None"),
         ("seed", "one", "seed is 'one'"),
+        ("isotropy", [0.5], r"isotropy is \[0.5\], not a number"),
         ("bits_per_byte", None, "bits_per_byte is None, without text_bytes"),
         ("bits_per_byte", {"total": 1.2}, "bits_per_byte is {'total': 1.2}, without text_bytes"),
         ("generation", [1], "generation is"),
