@@ -211,7 +211,17 @@ def test_contradiction_with_the_deepspeed_file(write_recipe, capfd, tmp_path):
      ('{"communication_data_type": "fp8"}', "communication_data_type = 'fp8', must be one of fp32, bf16, fp16"),
      ('{"data_types": {"grad_accum_dtype": 32}}', "grad_accum_dtype = 32, which DeepSpeed does not know"),
      ('{"steps_per_print": 0}', "steps_per_print = 0, must be a number of at least 1"),
-     ('{"gradient_predivide_factor": "a"}', "gradient_predivide_factor = 'a', must be a number of at least")],
+     ('{"gradient_predivide_factor": "a"}', "gradient_predivide_factor = 'a', must be a number of at least"),
+     ('{"zero_optimization": {"stage": 1, "stage": 2}}', "is not JSON: 'stage' given twice"),
+     ('{"zero_optimization": {"stage": 1, "elastic_checkpoint": true}}', "with which a run could not go on; remove it"),
+     ('{"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 9}}', "output head has no weights"),
+     ('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}', "prescale_gradients = True, which ZeRO 2 takes"),
+     ('{"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2}', "factor = 2, which ZeRO 3 takes only if"),
+     ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": true}',
+      "zero_force_ds_cpu_optimizer = True, but the optimizer is torch's AdamW"),
+     ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}', "ratio = 0.5, must be"),
+     ('{"data_types": {"grad_accum_dtype": "bf16"}}', "without ZeRO, DeepSpeed takes only the recipe's fp32"),
+     ('{"bf16": {"bf16_optimizer_states": true}}', "bf16.bf16_optimizer_states alone")],
 )  # fmt: skip
 def test_deepspeed_file(write_recipe, capfd, tmp_path, content, part):
     policy = tmp_path / "mine.json"

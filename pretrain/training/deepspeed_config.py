@@ -39,7 +39,7 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
     """
     path = find_policy(recipe.parallel.sharding)
     try:
-        policy = json.loads(path.read_text(encoding="utf-8"))
+        policy = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(policy, dict):
@@ -63,7 +63,13 @@ def deepspeed_config(recipe: Recipe, data_parallel_size: int) -> dict[str, Any]:
         raise RecipeError(problems, f"the recipe {recipe.name} with {path.name}")
     # Without ZeRO, DeepSpeed accumulates bf16 gradients in bf16 only.
     accumulate = "bf16" if recipe.precision == "bf16" and zero_stage(merged) == 0 else "fp32"
-    merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", accumulate)
+    types = merged.setdefault("data_types", {})
+    if types.get("grad_accum_dtype") is None:
+        types["grad_accum_dtype"] = accumulate
+    problems = [f"{path} has {words}" for words in _mix_problems(merged, recipe.precision)]
+    if problems:
+        raise RecipeError(problems, f"the sharding of {recipe.name}")
+    merged.setdefault("zero_force_ds_cpu_optimizer", False)  # offloaded or not, the optimizer is torch's AdamW
     if zero_stage(merged) == 0:
         merged["gradient_clipping"] = 0.0  # see pretrain.training.engine.UpdateGuard
     merged.setdefault("steps_per_print", 2**31)  # what is printed is ours
@@ -80,6 +86,14 @@ def find_policy(name_or_path: str) -> Path:
         return shipped
     names = ", ".join(sorted(entry.stem for entry in SHIPPED.glob("*.json")))
     raise UserError(f"parallel.sharding is {name_or_path!r}: neither a file nor one of the shipped {names}")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the JSON; of a key that is given twice json would take the last, and DeepSpeed refuses it."""
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{', '.join(map(repr, twice))} given twice")
+    return dict(pairs)
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -135,6 +149,34 @@ def _plain_problems(policy: dict[str, Any]) -> Iterator[str]:
         value = policy.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
             yield f"{key} = {value!r}, must be a number of at least {least}"
+
+
+def _mix_problems(config: dict[str, Any], precision: str) -> Iterator[str]:
+    """What DeepSpeed takes each for itself, but not together: it says so with a traceback when all ranks run, or, of
+    ``elastic_checkpoint``, when the run is to go on."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    zero, stage = config.get("zero_optimization", {}), zero_stage(config)
+    if zero.get("elastic_checkpoint"):
+        yield "zero_optimization.elastic_checkpoint, with which a run could not go on; remove it"
+    granularity = "stage3_module_granularity_threshold"
+    if stage == 3 and (zero.get(granularity) or zero.get(granularity.removeprefix("stage3_"))):
+        yield f"zero_optimization.{granularity}, with which the output head has no weights; remove it"
+    if stage in (2, 3) and zero.get("reduce_scatter", True):
+        for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+            if config.get(key) not in (None, usual):
+                yield f"{key} = {config[key]}, which ZeRO {stage} takes only if zero_optimization.reduce_scatter is false"
+    offload = zero.get("offload_optimizer") or {}
+    if offload and config.get("zero_force_ds_cpu_optimizer"):
+        yield "zero_force_ds_cpu_optimizer = True, but the optimizer is torch's AdamW; remove it"
+    if offload.get("ratio", 1) != 1:
+        yield f"zero_optimization.offload_optimizer.ratio = {offload['ratio']}, must be 1: the optimizer is torch's AdamW"
+    kind = config["data_types"]["grad_accum_dtype"]
+    if stage == 0 and DtypeEnum(kind) is not DtypeEnum(precision):
+        yield f"data_types.grad_accum_dtype = {kind!r}; without ZeRO, DeepSpeed takes only the recipe's {precision}"
+    low = [key for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states") if config["bf16"].get(key)]
+    if len(low) == 1:
+        yield f"bf16.{low[0]} alone; DeepSpeed takes bf16_master_weights_and_grads and bf16_optimizer_states together"
 
 
 def _section_problems(policy: dict[str, Any], path: str) -> list[str]:

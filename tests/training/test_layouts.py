@@ -131,3 +131,16 @@ def test_micro_batches(prepared_recipe, alone, tmp_path, micro_batch_size):
         batch={"micro_batch_size": micro_batch_size},
     )
     assert losses(train_on_ranks(recipe, 1)) == pytest.approx(losses(alone("gpt2", "agg")), abs=2e-5)
+
+
+def test_a_file_of_ones_own_that_only_says_where_to_offload(prepared_recipe, alone, tmp_path):
+    """DeepSpeed would take its own Adam only, unless it is told otherwise."""
+    policy = tmp_path / "mine.json"
+    policy.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    recipe = change(
+        prepared_recipe,
+        output_root=str(tmp_path),
+        model={"num_query_groups": 4},
+        parallel={"sharding": str(policy)},
+    )
+    assert losses(train_on_ranks(recipe, 1)) == pytest.approx(losses(alone("gpt2", "agg")), abs=2e-5)
