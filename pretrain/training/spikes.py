@@ -45,8 +45,8 @@ def find_spike(spikes: SpikesRecipe, progress: Progress, loss: float, grad_norm:
         (0, "loss", loss, spikes.loss_factor),
         (1, "gradient norm", grad_norm, spikes.grad_norm_factor),
     ):
-        median = statistics.median(step[place] for step in progress.recent)
-        if factor and value > factor * median:
+        median = statistics.median(step[place] for step in progress.recent[-spikes.window_steps :])
+        if 0 < factor * median < value:  # of a loss of 0 nothing is a multiple
             reason = f"the {name} is {value:.4g}, {value / median:.1f} x the median of {spikes.window_steps} steps"
             return Spike(reason, spikes.on_outlier, is_finite=True)
     return None

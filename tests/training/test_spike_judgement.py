@@ -27,6 +27,19 @@ def test_find_spike():
     assert after_training(SpikesRecipe(), progress, 8, 256, (1.0, 1.0)).recent == ()
 
 
+def test_a_median_of_zero_has_no_multiple():
+    """As where all text is one token, or all targets are ignored."""
+    spikes = SpikesRecipe(loss_factor=2.0, grad_norm_factor=2.0, window_steps=3)
+    assert find_spike(spikes, Progress(3, 24, 768, recent=((0.0, 0.0),) * 3), 1e-7, 1e-7) is None
+
+
+def test_a_window_that_was_made_shorter_holds_the_last_steps():
+    spikes = SpikesRecipe(loss_factor=2.0, window_steps=3)
+    progress = Progress(9, 72, 2304, recent=((9.0, 1.0),) * 6 + ((1.0, 1.0),) * 3)
+    spike = find_spike(spikes, progress, 4.0, 1.0)
+    assert spike is not None and spike.reason == "the loss is 4, 4.0 x the median of 3 steps"
+
+
 def test_skipped_ranges_merge():
     progress = after_skipping(after_skipping(Progress(0, 0, 0), 1, 8), 1, 8)
     progress = after_training(SpikesRecipe(), progress, 8, 256, (1.0, 1.0))
