@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -16,6 +17,7 @@ from pretrain.errors import RecipeError, UserError
 from pretrain.recipe import Recipe
 
 SHIPPED = Path(__file__).parent / "recipes"
+MERGE = "tag:yaml.org,2002:merge"  # of the key <<, whose mapping fills in what is not given
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]
@@ -29,7 +31,7 @@ class _Strict(yaml.SafeLoader):  # type: ignore[misc]
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
@@ -62,7 +64,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name_or_path: a YAML file, or the name of one in ``pretrain/recipes``.
-        overrides: ``section.key=value`` strings; the value is read as YAML.
+        overrides: ``section.key=value`` strings; the value is read as YAML. Of a section, ``section={key: value}``, it
+            is merged as with a base.
 
     Raises:
         RecipeError: with all problems of the file, of the overrides and across fields in one message.
@@ -179,7 +182,8 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
             problems.append(f"override {override!r}: {section!r} is a value, not a section")
             return
         node = child
-    node[leaf] = value
+    there = node.get(leaf)
+    node[leaf] = _over(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
 
 
 def build(cls: type[Any], tree: Any, prefix: str, problems: list[str]) -> Any:
@@ -239,7 +243,10 @@ def _convert(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
         except ValueError:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         problems.append(f"{key} is {value!r}, must be {_TYPE_NAMES[hint]}")
     return value

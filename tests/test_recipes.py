@@ -93,6 +93,21 @@ def test_a_base_is_merged_key_by_key_and_has_none_itself(tmp_path):
         load_recipe(str(far))
 
 
+def test_a_section_as_an_override_leaves_its_other_keys():
+    optimizer = load_recipe("gpt2_medium_wikitext103_agg", ["optimizer={learning_rate: 3e-4}"]).optimizer
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (3e-4, (0.9, 0.98), 0.01)
+
+
+def test_yaml_merge_keys(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("name: x\ndata: {folder: d}\noptimizer: {<<: {learning_rate: 0.5, epsilon: 1}, epsilon: 1e-9}\n")
+    optimizer = load_recipe(str(path)).optimizer
+    assert (optimizer.learning_rate, optimizer.epsilon) == (0.5, 1e-9)
+    path.write_text("name: x\ndata: {folder: d}\noptimizer: {<<: {epsilon: 1}, epsilon: 2, epsilon: 3}\n")
+    with pytest.raises(UserError, match="key 'epsilon' is given twice"):
+        load_recipe(str(path))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -170,6 +185,8 @@ def test_numbers_in_scientific_notation_and_nothing_else_becomes_a_number():
         load_recipe("quickstart_agg", ["optimizer.learning_rate=fast"])
     with pytest.raises(RecipeError, match="learning_rate is inf, must be finite"):
         load_recipe("quickstart_agg", ["optimizer.learning_rate=.inf"])
+    with pytest.raises(RecipeError, match="learning_rate is inf, must be finite"):
+        load_recipe("quickstart_agg", [f"optimizer.learning_rate={10**400}"])
     with pytest.raises(RecipeError, match="seed is -1"):
         load_recipe("quickstart_agg", ["seed=-1"])
     with pytest.raises(RecipeError, match="train_steps is True"):
