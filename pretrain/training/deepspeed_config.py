@@ -165,12 +165,12 @@ def _mix_problems(config: dict[str, Any], precision: str) -> Iterator[str]:
     if stage in (2, 3) and zero.get("reduce_scatter", True):
         for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
             if config.get(key) not in (None, usual):
-                yield f"{key} = {config[key]}, which ZeRO {stage} takes only if zero_optimization.reduce_scatter is false"
+                yield f"{key} = {config[key]}, which ZeRO {stage} takes only without zero_optimization.reduce_scatter"
     offload = zero.get("offload_optimizer") or {}
     if offload and config.get("zero_force_ds_cpu_optimizer"):
         yield "zero_force_ds_cpu_optimizer = True, but the optimizer is torch's AdamW; remove it"
     if offload.get("ratio", 1) != 1:
-        yield f"zero_optimization.offload_optimizer.ratio = {offload['ratio']}, must be 1: the optimizer is torch's AdamW"
+        yield f"zero_optimization.offload_optimizer.ratio = {offload['ratio']}, must be 1 with torch's AdamW"
     kind = config["data_types"]["grad_accum_dtype"]
     if stage == 0 and DtypeEnum(kind) is not DtypeEnum(precision):
         yield f"data_types.grad_accum_dtype = {kind!r}; without ZeRO, DeepSpeed takes only the recipe's {precision}"
