@@ -68,7 +68,15 @@ def job_script(request: JobRequest, logs: Path, command: Sequence[str], site: Ma
         verb: that writes it, for people who find it.
         logs: the folder for the output of the job.
         site: see :func:`site_environment`.
+
+    Raises:
+        UserError: the folder's path would end a line of the script, or its quotes.
     """
+    if re.search(r'[\x00-\x1f\x7f"\\]', str(logs.absolute())):
+        problem = "which must have no double quotes, backslashes or control characters"
+        raise UserError(
+            f"the output of the job would be in {str(logs.absolute())!r}, {problem}: choose another output_root"
+        )
     output = "slurm-%j.out" if request.array is None else "slurm-%A_%a.out"
     options = {
         "job-name": request.name,

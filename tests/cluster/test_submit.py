@@ -241,6 +241,8 @@ def test_a_run_that_is_done(home, slurm, capfd, monkeypatch):
         (["model.sequence_length=1000000"], "one sequence needs 1000001"),
         (["parallel.sharding=zero9"], "parallel.sharding is 'zero9'"),
         (["model.num_layers=0"], "model.num_layers is 0, must be at least 1"),
+        (["output_root='a\"b'"], "no double quotes, backslashes or control characters: choose another output"),
+        (['output_root="a\\nb"'], "no double quotes, backslashes or control characters: choose another output"),
     ],
 )
 def test_refused(home, slurm, capfd, arguments, words):
