@@ -120,6 +120,9 @@ def _name_problems(recipe: Recipe) -> list[str]:
         problems.append(f"name has {size} bytes, must have at most {MOST_NAME_BYTES}: it is the name of a folder")
     if not recipe.name.isprintable() or '"' in recipe.name or "\\" in recipe.name:  # would end a line of a job script
         problems.append(f"name is {recipe.name!r}, must have no double quotes, backslashes or control characters")
+    for key, path in (("output_root", recipe.output_root), ("data.folder", recipe.data.folder)):
+        if "\0" in path:
+            problems.append(f"{key} is {path!r}, but no path has a null character")
     if not recipe.data.folder:
         problems.append("data.folder is empty: name the folder for the tokenizer and the shards")
     return problems

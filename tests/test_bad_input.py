@@ -146,6 +146,11 @@ def test_name_that_breaks_a_line_of_a_job_script(write_recipe, capfd, name):
     assert f"name is {name!r}, must have no double quotes, backslashes or control characters" in message
 
 
+@pytest.mark.parametrize("key", ["output_root", "data.folder"])
+def test_null_characters_in_paths(write_recipe, capfd, key):
+    assert f"{key} is 'a\\x00b', but no path has" in refused(capfd, "train", write_recipe(), f'{key}="a\\0b"')
+
+
 def test_name_that_is_too_long(write_recipe, capfd, tmp_path):
     message = refused(capfd, "train", write_recipe(), f"name={'a' * 300}")
     assert "name has 300 bytes, must have at most 255" in message
