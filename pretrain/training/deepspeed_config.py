@@ -167,7 +167,7 @@ def _mix_problems(config: dict[str, Any], precision: str) -> Iterator[str]:
             if config.get(key) not in (None, usual):
                 yield f"{key} = {config[key]}, which ZeRO {stage} takes only without zero_optimization.reduce_scatter"
     offload = zero.get("offload_optimizer") or {}
-    if offload and config.get("zero_force_ds_cpu_optimizer"):
+    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer"):
         yield "zero_force_ds_cpu_optimizer = True, but the optimizer is torch's AdamW; remove it"
     if offload.get("ratio", 1) != 1:
         yield f"zero_optimization.offload_optimizer.ratio = {offload['ratio']}, must be 1 with torch's AdamW"
