@@ -1,15 +1,21 @@
 """Documents of a corpus, one split at a time, in a fixed order.
 
-Text files are read here, with strict UTF-8. JSON lines, Parquet and the hub go through HF ``datasets``.
+Text files and JSON lines are read here, with strict UTF-8. Parquet, the hub, and JSON that is not one object a line
+go through HF ``datasets``.
 A split without files of its own is taken from train by a hash of each document's text, so a document
 and its exact copies are always in one split.
 """
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
-from collections.abc import Iterator
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +28,8 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BUILDERS = {"jsonl": ("json", "JSON lines"), "parquet": ("parquet", "Parquet")}
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}  # by first bytes
+_ROWS_WITHOUT_COLUMN = 1000  # after so many first rows without it, the column is taken for a wrong name
 
 
 def documents(corpus: CorpusRecipe, split: Split) -> Iterator[str]:
@@ -119,11 +127,11 @@ def _file_texts(corpus: CorpusRecipe, path: Path) -> Iterator[str]:
         yield from _paragraphs(path)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, opener: Callable[..., Any] = open) -> Iterator[str]:
     """Lines with their ends, decoded one by one so that a bad byte is named with its offset in the file."""
     offset = 0
     try:
-        with path.open("rb") as file:
+        with opener(path, "rb") as file:
             for line in file:
                 skipped = len(_BYTE_ORDER_MARK) if offset == 0 and line.startswith(_BYTE_ORDER_MARK) else 0
                 yield line[skipped:].decode("utf-8")
@@ -134,7 +142,7 @@ def _lines(path: Path) -> Iterator[str]:
             "convert the file, for example with iconv"
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
@@ -155,12 +163,43 @@ def _table_texts(corpus: CorpusRecipe, path: Path) -> Iterator[str]:
     if path.stat().st_size == 0:
         return
     try:
-        rows = _quiet_datasets().load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        rows = _json_rows(path) if corpus.source == "jsonl" else None
+        if rows is None:
+            name = glob.escape(str(path))  # what it takes for a pattern would be another file
+            rows = _quiet_datasets().load_dataset(builder, data_files=name, split="train", streaming=True)
         yield from _column(rows, corpus.text_column, str(path))
     except UserError:
         raise
     except Exception as error:  # whatever the reader of the format raises
         raise UserError(f"{path} cannot be read as {kind}: {_first_line(error)}") from error
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]] | None:
+    """Rows of JSON lines; None if the first line is not an object.
+
+    ``datasets`` takes the types of all columns from the first 10 MB, and refuses a file whose metadata differ later.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+    opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
+    try:
+        with opener(path, "rb") as file:
+            first = next((line for line in file if line.strip()), b"")
+        if not isinstance(json.loads(first.removeprefix(_BYTE_ORDER_MARK)), dict):
+            return None
+    except ValueError:
+        return None
+    return (_json_row(number, line) for number, line in enumerate(_lines(path, opener), start=1) if line.strip())
+
+
+def _json_row(number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is {type(row).__name__}, not an object")
+    return row
 
 
 def _hub_texts(corpus: CorpusRecipe, split_name: str) -> Iterator[str]:
@@ -181,20 +220,33 @@ def _hub_texts(corpus: CorpusRecipe, split_name: str) -> Iterator[str]:
 
 
 def _column(rows: Any, column: str, where: str) -> Iterator[str]:
+    found, others = False, dict[str, None]()
     for number, row in enumerate(rows, start=1):
         if column not in row:
-            raise UserError(
-                f"{where} has no column {column!r}; it has {', '.join(map(repr, row))}: set data.corpus.text_column"
-            )
-        value = row[column]
-        if value is None:
+            others |= dict.fromkeys(row)
+            if not found and number >= _ROWS_WITHOUT_COLUMN:
+                break
+            continue
+        found, value = True, row[column]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         if not isinstance(value, str):
             raise UserError(
                 f"{where}, row {number}: column {column!r} holds {type(value).__name__}, not text; "
                 "set data.corpus.text_column to a column of texts"
             )
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}, row {number}: column {column!r} holds half of a surrogate pair "
+                f"(\\u{ord(value[error.start]):04x}), which is no character; correct the text"
+            ) from error
         yield value
+    if others and not found:
+        raise UserError(
+            f"{where} has no column {column!r}; it has {', '.join(map(repr, others))}: set data.corpus.text_column"
+        )
 
 
 def _quiet_datasets() -> Any:

@@ -1,5 +1,8 @@
+import bz2
 import dataclasses
+import gzip
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,57 @@ def test_tables(tmp_path: Path, source: Any) -> None:
     message = problem(dataclasses.replace(corpus, text_column="text"))
     assert str(paths[0]) in message and "no column 'text'" in message and "'body', 'n'" in message
     assert "row 1" in problem(dataclasses.replace(corpus, text_column="n"))
+
+
+@pytest.mark.parametrize("opened", [open, gzip.open])
+def test_json_lines_whose_other_columns_differ(tmp_path: Path, opened: Any) -> None:
+    """After as much as HF datasets would take the types from."""
+    rows = [{"text": f"{i} " * (1 << 19), "meta": None, "id": i} for i in range(12)]
+    rows += [{"text": "2024-01-01", "meta": {"a": [1]}, "more": 1}, {"meta": "of no text"}, {"text": None}]
+    rows += [{"text": float("nan")}, {"text": "a\u2028b", "id": "z"}]
+    with opened(tmp_path / "a.jsonl", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\r\n\n" for row in rows)
+    corpus = CorpusRecipe(source="jsonl", train=(str(tmp_path / "a.jsonl"),), valid_fraction=1e-9, test_fraction=1e-9)
+    assert list(documents(corpus, "train")) == [*(row["text"] for row in rows[:13]), "a\u2028b"]
+
+
+@pytest.mark.parametrize("module", [bz2, gzip, lzma])
+def test_compressed_json_lines(tmp_path: Path, module: Any) -> None:
+    path = write_table(tmp_path / "a.jsonl", [{"text": text} for text in lines(20)])
+    path.write_bytes(module.compress(path.read_bytes()))
+    corpus = CorpusRecipe(source="jsonl", train=(str(path),), valid_fraction=1e-9, test_fraction=1e-9)
+    assert list(documents(corpus, "train")) == lines(20)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{path} cannot be read" in problem(corpus)
+
+
+@pytest.mark.parametrize("content", ['[{"text": "one"}, {"text": "two"}]', '{\n"text": "one"\n}\n{\n"text": "two"\n}'])
+def test_json_that_is_not_one_object_a_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    corpus = CorpusRecipe(source="jsonl", train=(str(tmp_path / "a.jsonl"),), valid_fraction=1e-9, test_fraction=1e-9)
+    assert list(documents(corpus, "train")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet"])
+def test_a_table_whose_name_looks_like_a_glob(tmp_path: Path, name: Any) -> None:
+    write_table(tmp_path / f"part1.{name}", [{"text": "of part1"}])
+    write_table(tmp_path / f"part[1].{name}", [{"text": "of part[1]"}])
+    corpus = CorpusRecipe(source=name, train=(f"{tmp_path}/*",), valid_fraction=1e-9, test_fraction=1e-9)
+    assert list(documents(corpus, "train")) == ["of part1", "of part[1]"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut', "line 3, column 10: Unterminated string"),
+        ("[1]", "line 3 is list, not an object"),
+        ('{"text": "half \\ud83d"}', "row 2: column 'text' holds half of a surrogate pair (\\ud83d)"),
+        ('{"text": "caf\udce9"}', "is not UTF-8: byte 0xe9 at offset 31"),
+    ],
+)
+def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(f'{{"text": "fine"}}\n\n{line}\n'.encode(errors="surrogateescape"))
+    assert message in problem(CorpusRecipe(source="jsonl", train=(str(tmp_path / "a.jsonl"),)))
 
 
 def test_broken_json_names_the_file(tmp_path: Path) -> None:
