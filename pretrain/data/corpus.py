@@ -106,7 +106,8 @@ def _candidates(corpus: CorpusRecipe, split: Split) -> Iterator[str]:
 def _matches(patterns: tuple[str, ...], split: str) -> list[Path]:
     paths: set[Path] = set()
     for pattern in patterns:
-        matched = {Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
+        names = glob.glob(pattern, recursive=True) or [pattern]  # a plain name may hold [brackets]
+        matched = {Path(name) for name in names if Path(name).is_file()}
         if not matched:
             raise UserError(
                 f"data.corpus.{split}: {pattern!r} matches no file (looked from {Path.cwd()}); correct the glob, "

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -175,7 +176,7 @@ class _Preparation:
 def _sources(data: DataRecipe) -> dict[str, Any]:
     """What tells cheaply whether the corpus is still the same: file sizes and times, or versions."""
     sources: dict[str, Any] = {
-        split: [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
+        split: [[_name(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
         for split, paths in source_files(data.corpus).items()
     }
     if data.corpus.source == "embedded":
@@ -183,6 +184,11 @@ def _sources(data: DataRecipe) -> dict[str, Any]:
     if data.tokenizer.model_file:
         sources["tokenizer"] = Tokenizer.load(data.tokenizer.model_file).sha256
     return sources
+
+
+def _name(path: Path) -> str:
+    """As JSON can hold it, also where the bytes of the name are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _check_sources_unchanged(manifest: Manifest, data: DataRecipe) -> None:

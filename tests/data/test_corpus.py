@@ -144,6 +144,13 @@ def test_glob_without_files(tmp_path: Path) -> None:
     assert "data.corpus.train" in message and "*.nothing' matches no file" in message
 
 
+def test_a_plain_name_with_brackets(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "[2024] a.txt")
+    assert list(documents(text_corpus(path, valid_fraction=1e-9, test_fraction=1e-9), "train")) == lines(400)
+    (tmp_path / "2 a.txt").write_text("of the glob")
+    assert list(documents(text_corpus(path, valid_fraction=1e-9, test_fraction=1e-9), "train")) == ["of the glob"]
+
+
 def test_file_in_two_splits(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.txt")
     assert "both data.corpus.train and data.corpus.valid" in problem(text_corpus(path, valid=(str(path),)))

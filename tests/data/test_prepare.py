@@ -135,6 +135,14 @@ def test_other_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
         assert "another data.folder" in message
 
 
+def test_a_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    write_lines(tmp_path / "caf\udce9.txt")
+    recipe = corpus_recipe(text_recipe(tmp_path), train=(f"{tmp_path}/caf*.txt",))
+    manifest = prepare(recipe)
+    assert manifest == prepare(recipe)
+    assert manifest.sources["train"][0][0] == f"{tmp_path}/caf\\xe9.txt"
+
+
 def test_changed_corpus_is_noticed_but_a_new_time_is_not(tmp_path: Path) -> None:
     recipe = text_recipe(tmp_path)
     first = prepare(recipe)
