@@ -65,8 +65,16 @@ def source_files(corpus: CorpusRecipe) -> dict[Split, list[Path]]:
     """The files behind each split, sorted; nothing for sources that are not files.
 
     Raises:
-        UserError: a glob matches no file, or one file is in two splits.
+        UserError: a glob matches no file, or one file, or one split of the hub, is in two splits.
     """
+    if corpus.source == "hub":
+        names = {split: _names(corpus, split) or (("train",) if split == "train" else ()) for split in SPLITS}
+        for split, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+            for name in sorted({*names[split]} & {*names[other]}):
+                raise UserError(
+                    f"split {name!r} of data.corpus.hub_name {corpus.hub_name!r} is both data.corpus.{split} and "
+                    f"data.corpus.{other}; name different ones, or leave {other} out: it is taken from train then"
+                )
     if corpus.source in ("embedded", "hub"):
         return {}
     files = {split: _matches(getattr(corpus, split), split) for split in SPLITS if getattr(corpus, split)}

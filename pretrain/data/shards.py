@@ -76,9 +76,8 @@ def write_split(
         chunks.append(chunk)
         progress.update(chunk.documents)
     _join(prefix, [chunk.prefix for chunk in chunks], tokenizer.vocab_size)
-    shutil.rmtree(chunk_folder)
     bin_path, idx_path = shard_paths(prefix)
-    return SplitManifest(
+    manifest = SplitManifest(
         documents=sum(chunk.documents for chunk in chunks),
         tokens=sum(chunk.tokens for chunk in chunks),
         words=sum(chunk.words for chunk in chunks),
@@ -90,6 +89,8 @@ def write_split(
         idx_bytes=idx_path.stat().st_size,
         idx_sha256=file_sha256(idx_path),
     )
+    shutil.rmtree(chunk_folder)  # last: to hash a large shard takes minutes, in which this process may be ended
+    return manifest
 
 
 def update_text_hash(text_hash: Any, text: str) -> None:

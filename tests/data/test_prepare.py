@@ -115,6 +115,19 @@ def test_interrupted_prepare_continues(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(encoded) == len(set(encoded)) + 1  # only what was interrupted is done again
 
 
+def test_prepare_that_is_interrupted_while_it_hashes_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = text_recipe(tmp_path)
+
+    def interrupted(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "file_sha256", interrupted)
+        prepare(recipe)
+    assert len(list((tmp_path / "data" / "partial" / "train-chunks").glob("*.bin"))) > 1
+    assert prepare(recipe) == prepare(in_folder(recipe, tmp_path / "whole"))
+
+
 def test_unfinished_work_of_other_inputs_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = text_recipe(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -229,6 +242,17 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(in_folder(text_recipe(tmp_path), tmp_path / "file" / "data"))
+
+
+@pytest.mark.parametrize("train", [(), ("other", "train")])
+def test_a_split_of_the_hub_in_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Any) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: [{"text": f"{split} {i}"} for i in range(99)])
+    recipe = corpus_recipe(text_recipe(tmp_path), source="hub", hub_name="some/set", train=train, valid=("train",))
+    recipe = tokenizer_recipe(recipe, vocab_size=280)
+    assert "split 'train' of data.corpus.hub_name 'some/set' is both data.corpus.train and" in refusal(recipe)
+    prepare(corpus_recipe(recipe, valid=("validation",)))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
