@@ -83,7 +83,7 @@ def train_tokenizer(lines: Iterable[str], recipe: TokenizerRecipe, model_path: P
             num_threads=1,  # sums of floats depend on how many threads there are
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the second: a size that no C int holds
         raise UserError(_training_problem(str(error), recipe)) from error
     write_bytes(model_path, model.getvalue())
 
@@ -123,7 +123,10 @@ class Tokenizer:
             UserError: it cannot be read, is not a SentencePiece model, or has no end-of-sequence token.
         """
         try:
-            tokenizer = cls(Path(path).read_bytes())
+            model = Path(path).read_bytes()
+            if not model:
+                raise UserError(f"the tokenizer {path} is an empty file; copy it again")
+            tokenizer = cls(model)
         except OSError as error:
             raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
         except RuntimeError as error:

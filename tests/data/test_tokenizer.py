@@ -64,6 +64,11 @@ def test_too_small_vocabulary_names_the_smallest(tmp_path: Path) -> None:
         train(tmp_path / "t.model", vocab_size=100)
 
 
+def test_a_vocabulary_beyond_any_integer_of_sentencepiece(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vocab_size is 4000000000\)"):
+        train(tmp_path / "t.model", vocab_size=4_000_000_000)
+
+
 def test_sample_is_fair_and_keeps_what_fits() -> None:
     texts = list(map(str, range(20)))
     assert sample_lines(texts, 20, seed=0) == texts
@@ -84,5 +89,8 @@ def test_load_refuses_what_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="is not a SentencePiece model"):
         Tokenizer.load(tmp_path / "x.model")
+    (tmp_path / "empty.model").write_bytes(b"")
+    with pytest.raises(UserError, match=r"empty\.model is an empty file"):
+        Tokenizer.load(tmp_path / "empty.model")
     with pytest.raises(UserError, match="cannot be read"):
         Tokenizer.load(tmp_path / "missing.model")
