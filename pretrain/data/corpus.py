@@ -68,13 +68,15 @@ def source_files(corpus: CorpusRecipe) -> dict[Split, list[Path]]:
         UserError: a glob matches no file, or one file, or one split of the hub, is in two splits.
     """
     if corpus.source == "hub":
-        names = {split: _names(corpus, split) or (("train",) if split == "train" else ()) for split in SPLITS}
-        for split, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
-            for name in sorted({*names[split]} & {*names[other]}):
-                raise UserError(
-                    f"split {name!r} of data.corpus.hub_name {corpus.hub_name!r} is both data.corpus.{split} and "
-                    f"data.corpus.{other}; name different ones, or leave {other} out: it is taken from train then"
-                )
+        owners: dict[str, str] = {}
+        for split in SPLITS:
+            for name in _names(corpus, split) or (("train",) if split == "train" else ()):
+                if owners.setdefault(name, split) != split:
+                    raise UserError(
+                        f"split {name!r} of data.corpus.hub_name {corpus.hub_name!r} is both data.corpus."
+                        f"{owners[name]} and data.corpus.{split}; name different ones, or leave {split} out: it is "
+                        "taken from train then"
+                    )
     if corpus.source in ("embedded", "hub"):
         return {}
     files = {split: _matches(getattr(corpus, split), split) for split in SPLITS if getattr(corpus, split)}
@@ -173,6 +175,8 @@ def _table_texts(corpus: CorpusRecipe, path: Path) -> Iterator[str]:
         return
     try:
         rows = _json_rows(path) if corpus.source == "jsonl" else None
+        if corpus.source == "parquet" and not _parquet_rows(path):
+            return  # as some writers leave them, and HF datasets refuses them
         if rows is None:
             name = glob.escape(str(path))  # what it takes for a pattern would be another file
             rows = _quiet_datasets().load_dataset(builder, data_files=name, split="train", streaming=True)
@@ -181,6 +185,13 @@ def _table_texts(corpus: CorpusRecipe, path: Path) -> Iterator[str]:
         raise
     except Exception as error:  # whatever the reader of the format raises
         raise UserError(f"{path} cannot be read as {kind}: {_first_line(error)}") from error
+
+
+def _parquet_rows(path: Path) -> int:
+    from pyarrow import parquet
+
+    rows: int = parquet.read_metadata(path).num_rows
+    return rows
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]] | None:

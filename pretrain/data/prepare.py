@@ -49,8 +49,12 @@ def prepare(recipe: Recipe) -> Manifest:
     folder = Path(data.folder)
     with _explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder, "preparing", "wait until it ends, or choose another data.folder"):
+        with contextlib.ExitStack() as stack:
             manifest = Manifest.read(folder)
+            if manifest is None:  # otherwise nothing is written: the folder may be read-only
+                way_out = "wait until it ends, or choose another data.folder"
+                stack.enter_context(folder_lock(folder, "preparing", way_out))
+                manifest = Manifest.read(folder)
             if manifest is not None:
                 manifest.check_inputs(data)
                 _check_sources_unchanged(manifest, data)

@@ -156,6 +156,15 @@ def test_file_in_two_splits(tmp_path: Path) -> None:
     assert "both data.corpus.train and data.corpus.valid" in problem(text_corpus(path, valid=(str(path),)))
 
 
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    assert f"{path} has no text; take it out" in problem(CorpusRecipe(source="parquet", train=(str(path),)))
+
+
 @pytest.mark.parametrize("content", [b"", b"\n  \n\n"])
 def test_file_without_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)

@@ -82,6 +82,16 @@ def test_counts_over_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(shards.count_tokens(tmp_path / "data" / "train", len(expected)), expected)
 
 
+def test_rerun_in_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    recipe = text_recipe(tmp_path)
+    first = prepare(recipe)
+    (tmp_path / "data" / ".lock").unlink()
+    (tmp_path / "data" / ".lock").mkdir()  # cannot be opened, whoever runs this
+    assert prepare(recipe) == first
+    (tmp_path / "data" / "manifest.json").unlink()
+    assert "cannot be written" in refusal(recipe)
+
+
 def test_rerun_does_nothing_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = text_recipe(tmp_path)
     first = prepare(recipe)
