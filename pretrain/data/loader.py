@@ -54,8 +54,17 @@ def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None
     if samples is None:
         samples = recipe.batch.train_steps * recipe.batch.global_batch_size
     cache = prepared.folder / "index_cache" / _cache_key(prepared, length, recipe.seed, samples)
+    refused: list[UserError | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _write_index(prepared, cache, _config(prepared, recipe, cache), samples)
+        try:
+            _write_index(prepared, cache, _config(prepared, recipe, cache), samples)
+        except UserError as error:
+            error.on_all_ranks = True
+            refused = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(refused, src=0)
+    if refused[0] is not None:
+        raise refused[0]
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, _config(prepared, recipe, cache))
     train, _, _ = builder.build()
     return train

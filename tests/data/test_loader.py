@@ -133,6 +133,20 @@ def test_distributed_build(dataset: Any, recipe: Recipe, prepared: PreparedData)
     assert rows(alone[0]) != rows(steps_of(dataset, 0, 1)[0])
 
 
+def _refusal_on_rank(rank: int, world_size: int, recipe: Recipe) -> tuple[str, bool]:
+    with pytest.raises(UserError) as caught:
+        training_dataset(PreparedData.open(recipe), recipe)
+    return str(caught.value), caught.value.on_all_ranks
+
+
+def test_all_ranks_hear_that_the_index_cannot_be_written(tmp_path: Path, recipe: Recipe) -> None:
+    shutil.copytree(recipe.data.folder, tmp_path / "data", ignore=shutil.ignore_patterns("index_cache"))
+    (tmp_path / "data" / "index_cache").write_text("no folder")
+    moved = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, folder=str(tmp_path / "data")))
+    for message, on_all_ranks in [*run_ranks(_refusal_on_rank, 2, moved), _refusal_on_rank(0, 1, moved)]:
+        assert f"index of data.folder {tmp_path / 'data'} cannot be written" in message and on_all_ranks
+
+
 def test_unfinished_index_is_built_again(recipe: Recipe, prepared: PreparedData, dataset: Any) -> None:
     other = dataclasses.replace(recipe, seed=78)
     folder = prepared.folder / "index_cache"
