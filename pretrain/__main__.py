@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (:mod:`pretrain.training.stopping`). A rank that hangs ends with 70 (:mod:`pretrain.training.watchdog`).
     """
     begin_rank()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where a terminal cannot show a letter, the rest is shown
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = parse(arguments)
     try:
         module, function = options.run.split(":")  # imported now: most verbs need torch

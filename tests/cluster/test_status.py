@@ -239,3 +239,10 @@ def test_imports_no_torch(make_run):
         "assert not {'torch', 'numpy', 'deepspeed'} & sys.modules.keys(), 'heavy'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_terminal_that_cannot_show_a_letter(make_run):
+    folder = make_run("né", records=2).parent
+    command = [sys.executable, "-m", "pretrain", "status", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"n\\xe9" in done.stdout, done.stderr.decode()
