@@ -29,7 +29,7 @@ from pretrain.errors import UserError
 from pretrain.files import make_folder
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import find_recipe, load_recipe
+from pretrain.recipe_io import load_recipe, text_as_given
 from pretrain.run_folder import RunFolder
 from pretrain.run_lock import run_lock
 from pretrain.topology import (
@@ -308,11 +308,6 @@ def _going_back(options: argparse.Namespace) -> list[str]:
     """The option that moves progress aside, if one was given."""
     step = options.resume_from
     return ["--resume-from", str(step)] if step else ["--from-scratch"] if options.from_scratch else []
-
-
-def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
-    """What a run remembers of its command."""
-    return find_recipe(recipe).read_text(encoding="utf-8") + "".join(f"# override: {entry}\n" for entry in overrides)
 
 
 def is_done(recipe: Recipe, *, hashed: bool = True) -> bool:

@@ -51,6 +51,11 @@ def find_recipe(name_or_path: str) -> Path:
     raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of the shipped {', '.join(names)}")
 
 
+def text_as_given(recipe: str, overrides: Sequence[str]) -> str:
+    """What a run remembers of its command."""
+    return find_recipe(recipe).read_text(encoding="utf-8") + "".join(f"# override: {entry}\n" for entry in overrides)
+
+
 def find_base(recipe: Path, base: str) -> Path:
     """The base that a recipe file names: a path relative to the file, or what :func:`find_recipe` takes."""
     beside = recipe.parent / base

@@ -29,7 +29,7 @@ from pretrain.cluster.job_script import (
 from pretrain.cluster.memory import RankMemory, memory_per_rank
 from pretrain.cluster.queue import jobs_of, read_queue
 from pretrain.cluster.run_records import tail_records
-from pretrain.commands import check_run, is_done, text_as_given
+from pretrain.commands import check_run, is_done
 from pretrain.console import bytes_in_words, say
 from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.errors import UserError
@@ -37,7 +37,7 @@ from pretrain.files import lock_file, make_folder, write_text
 from pretrain.model.size import model_size
 from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
-from pretrain.recipe_io import load_recipe, recipe_from_dict, recipe_to_dict
+from pretrain.recipe_io import load_recipe, recipe_from_dict, recipe_to_dict, text_as_given
 from pretrain.run_folder import RunFolder, with_whole_paths
 
 FASTEST = 1e15  # tokens a second that --tokens-per-second takes

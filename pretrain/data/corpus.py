@@ -240,6 +240,7 @@ def _hub_texts(corpus: CorpusRecipe, split_name: str) -> Iterator[str]:
 
 
 def _column(rows: Any, column: str, where: str) -> Iterator[str]:
+    """Texts of the rows that have one; null, NaN and rows without the column are passed over."""
     found, others = False, dict[str, None]()
     for number, row in enumerate(rows, start=1):
         if column not in row:
