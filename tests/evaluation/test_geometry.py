@@ -200,4 +200,4 @@ def of_a_bad_row(rank: int, world_size: int, value: float) -> str:
 def test_rows_that_are_not_finite_are_refused_on_all_ranks(value: float) -> None:
     """LAPACK refuses them where the eigenvalues are found, on one rank, while the others would wait for it."""
     expected = ["ValueError: the embedding has rows that are not finite: it has no geometry"] * 2
-    assert run_ranks(of_a_bad_row, 2, value, timeout_s=20) == expected
+    assert run_ranks(of_a_bad_row, 2, value) == expected
