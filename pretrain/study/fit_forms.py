@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 
 EXPONENTS = (0.01, 3.0)  # below: a logarithm in all but name; above: flat from the second point on
 STARTS = (0.1, 0.4, 1.2)  # exponents that a fit starts from
+FAR = 20  # spreads of the seeds; less the robust fit takes, more would widen every interval
 TURN = 1.5  # residuals above this many spreads of the seeds count by their size, not by their square
 MOST_EVALUATIONS = 200
 TOLERANCE = 1e-6  # of steps, gradient and loss: far below any interval
@@ -147,3 +148,17 @@ def noise_of(u: Floats, v: Floats) -> float:
         line = np.polynomial.polynomial.polyfit(u, v, 1 if len(np.unique(u)) > 1 else 0)
         parts.append(v - np.polynomial.polynomial.polyval(u, line))
     return max(1.4826 * float(np.median(np.abs(np.concatenate(parts)))), 1e-3)
+
+
+def far_off(u: Floats, v: Floats) -> npt.NDArray[np.bool_]:
+    """[n], observations more than ``FAR`` spreads from the median of their scale, near which most of its seeds lie."""
+    away = np.empty_like(v)
+    for value in np.unique(u):
+        group = u == value
+        away[group] = np.abs(v[group] - np.median(v[group]))
+    far = away > FAR * noise_of(u, v)
+    for value in np.unique(u):
+        group = u == value
+        if 2 * far[group].sum() >= group.sum():  # which of them are astray is not to be told
+            far[group] = False
+    return far

@@ -69,7 +69,16 @@ def sentence(fit: Fit, measure: str, scale: str) -> str:
         text += " The sizes lie off that curve by more than their seeds explain."
     if fit.dropped:
         text += f" {fit.dropped} value{'s' if fit.dropped > 1 else ''} that cannot be fitted (not finite) left out."
-    return text
+    return text + astray(fit)
+
+
+def astray(fit: Fit) -> str:
+    """The sentence, with a space before it, on values left out as they are far from the others; or nothing."""
+    if not fit.astray:
+        return ""
+    shown = ", ".join(number(value) for value in fit.astray[:3]) + (", …" if len(fit.astray) > 3 else "")
+    count = "1 value" if len(fit.astray) == 1 else f"{len(fit.astray)} values"
+    return f" {count} far from the other seeds of {'its' if len(fit.astray) == 1 else 'their'} size ({shown}) left out."
 
 
 def predicate(fit: Fit, symbol: str) -> str:

@@ -5,7 +5,8 @@ bootstrap that draws the scales with replacement and then the seeds of each; the
 are stretched by sqrt(n / (n - 1)), without which few seeds look too certain (Davison and Hinkley 1997).
 Forms are compared by their error on a scale that was left out, each in turn. A richer form is taken only where it is
 better by more than the standard error of the difference over the scales left out, and where the interval of what it
-adds (the slope, the exponent) says that it is there.
+adds (the slope, the exponent) says that it is there. A seed that diverged (:func:`pretrain.study.fit_forms.far_off`)
+is left out, and counted: drawn again and again, it would widen the interval of every slope until it holds zero.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pretrain.study.fit_forms import (
     Floats,
     Form,
     Units,
+    far_off,
     fit_form,
     noise_of,
 )
@@ -139,6 +141,7 @@ class Fit:
             seeds, but along no curve; or the curve, "cannot tell" meaning a power law or a logarithm.
         x, y: [n], the observations that were used.
         dropped: observations left out: not finite, or at a scale that is not positive.
+        astray: [m], finite values left out as they are far from the other seeds of their scale.
         curves: the chosen one first; where the data cannot tell, the other after it; none where there were too few.
         held_out: by the name of the form, for the forms that could be compared.
         change: y at the largest scale less y at the smallest, by the line for "flat" and "scattered".
@@ -153,6 +156,7 @@ class Fit:
     held_out: dict[str, HeldOut] | None = None
     change: Interval | None = None
     scattered: bool = False
+    astray: tuple[float, ...] = ()
 
     @property
     def scales(self) -> Floats:
@@ -186,7 +190,8 @@ def fit_measure(x: Sequence[float], y: Sequence[float], *, draws: int = DRAWS, s
     """Fit y against x and say which form the data support.
 
     Args:
-        x, y: one observation each, several (seeds) at the same x as a rule. Those that are not finite are dropped.
+        x, y: one observation each, several (seeds) at the same x as a rule. Those that are not finite are dropped, and
+            those far from the other seeds at their x.
         draws: refits of the bootstrap; ``seed`` decides them.
     """
     all_x, all_y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -197,6 +202,9 @@ def fit_measure(x: Sequence[float], y: Sequence[float], *, draws: int = DRAWS, s
     fewest = LOG_LINEAR.fewest + (len(np.unique(xs)) == len(xs))
     if len(np.unique(xs)) < fewest:
         return Fit("too few", xs, ys, dropped)
+    units = Units.of(xs, ys)
+    far = far_off(units.u(xs), units.v(ys))
+    astray, xs, ys = tuple(ys[far].tolist()), xs[~far], ys[~far]
     units = Units.of(xs, ys)
     u, v = units.u(xs), units.v(ys)
     noise = noise_of(u, v)
@@ -218,7 +226,7 @@ def fit_measure(x: Sequence[float], y: Sequence[float], *, draws: int = DRAWS, s
     scattered = _lack_of_fit(chosen[0], xs, ys)
     verdict: Verdict = "cannot tell" if len(chosen) > 1 else _verdict(chosen[0].form, scattered)
     change = _change(line if chosen[0].form is CONSTANT else chosen[0], xs)
-    return Fit(verdict, xs, ys, dropped, tuple(chosen), held_out, change, scattered)
+    return Fit(verdict, xs, ys, dropped, tuple(chosen), held_out, change, scattered, astray)
 
 
 def _verdict(form: Form, scattered: bool) -> Verdict:

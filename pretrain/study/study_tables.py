@@ -124,7 +124,8 @@ def fit_records(fits_of_scale: dict[str, Fits]) -> list[dict[str, Any]]:
         for (label, column), fit in fits.items():
             row: dict[str, Any] = {
                 "scale": scale, "series": label, "measure": column, "verdict": fit.verdict, "scales": len(fit.scales),
-                "observations": len(fit.y), "dropped": fit.dropped, "words": predicate(fit, SYMBOLS[scale]),
+                "observations": len(fit.y), "dropped": fit.dropped, "astray": len(fit.astray),
+                "words": predicate(fit, SYMBOLS[scale]),
             }  # fmt: skip
             row |= {key: None for key in ("form", "E", "A", "a", "b", "b_low", "b_high", "failed_refits")}
             if fit.curves:

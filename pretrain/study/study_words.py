@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pretrain.study.fit_words import SYMBOLS, number, over, predicate, sentence, size_text, with_interval
+from pretrain.study.fit_words import SYMBOLS, astray, number, over, predicate, sentence, size_text, with_interval
 from pretrain.study.fits import DRAWS, Fit, Interval, fit_measure
 from pretrain.study.study_cells import (
     ISOTROPY,
@@ -131,10 +131,10 @@ def _trend(measure: StudyMeasure, differences: Mapping[float, list[float]], stud
         return ""
     symbol = SYMBOLS[study.scale]
     if not fit.depends or fit.change is None:
-        return f"The difference in {measure.label} {predicate(fit, symbol)}."
+        return f"The difference in {measure.label} {predicate(fit, symbol)}.{astray(fit)}"
     first, last = (sum(differences[scale]) / len(differences[scale]) for scale in (min(differences), max(differences)))
     what = "changes its sign" if first * last < 0 else "widens" if abs(last) > abs(first) else "narrows"
-    return f"The difference in {measure.label} {what} with {symbol}: it {predicate(fit, symbol)}."
+    return f"The difference in {measure.label} {what} with {symbol}: it {predicate(fit, symbol)}.{astray(fit)}"
 
 
 def _summary(ways: Mapping[str, set[str]]) -> str:

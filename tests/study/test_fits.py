@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.report.formatting import MINUS
 from pretrain.study.fit_forms import CONSTANT, LOG_LINEAR, POWER_LAW, Floats, Units, fit_form, noise_of
-from pretrain.study.fit_words import sentence
+from pretrain.study.fit_words import number, sentence
 from pretrain.study.fits import Fit, fit_measure
 
 SIZES = (2e5, 8e5, 3.2e6, 12.8e6, 51.2e6)
@@ -137,6 +137,30 @@ def test_an_outlier_hardly_bends_the_curve() -> None:
     theta = fit_form(POWER_LAW, u, v, noise_of(u, v))
     assert theta is not None
     assert theta[2] == pytest.approx(EXPONENT, abs=0.05)
+
+
+@pytest.mark.parametrize(("off", "place"), [(1.0, 1), (-10.0, 7), (1e6, 13)])
+def test_a_seed_that_diverged_is_left_out_and_said(off: float, place: int) -> None:
+    x = observed(SIZES)
+    y = power_law(x, 0.005)
+    without = fit(np.delete(x, place), np.delete(y, place))
+    y[place] += off
+    found = fit(x, y)
+    assert found.verdict == without.verdict == "power law"
+    assert np.array_equal(found.curves[0].draws, without.curves[0].draws)
+    assert (found.astray, found.dropped) == ((y[place],), 0)
+    told = f" 1 value far from the other seeds of its size ({number(y[place])}) left out."
+    assert sentence(found, "the loss", "flops").endswith(told)
+    assert told not in sentence(without, "the loss", "flops")
+
+
+def test_seeds_of_which_most_differ_stay() -> None:
+    """Of two seeds, or of three that all differ, none is known to be astray."""
+    x = np.repeat(np.array(SIZES), (3, 3, 3, 3, 2))
+    y = power_law(x, 0.005)
+    y[[4, 5]] += [3.0, 6.0]
+    y[-1] += 5.0
+    assert fit(x, y).astray == ()
 
 
 def test_sizes_that_follow_no_curve() -> None:
