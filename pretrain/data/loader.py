@@ -5,7 +5,7 @@ Letters: L sequence length, B micro-batch size (sequences), G global batch size 
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -41,7 +41,7 @@ def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None
 
     ``dataset[i]`` holds ``tokens`` and ``labels``, both int64 [L]. The order depends on the seed, the sequence length
     and the number of samples, if that is more than one epoch. All ranks must call it: rank 0 writes the index to the
-    data folder, the others wait.
+    data folder, or to the run's where data are read-only, and the others wait.
 
     Args:
         samples: None: ``train_steps * global_batch_size``. A run that goes on with another batch needs another number.
@@ -50,22 +50,22 @@ def training_dataset(prepared: PreparedData, recipe: Recipe, samples: int | None
         UserError: the split is shorter than one sequence, or the index cannot be written.
     """
     check_length(prepared, recipe)
-    length = recipe.model.sequence_length
     if samples is None:
         samples = recipe.batch.train_steps * recipe.batch.global_batch_size
-    cache = prepared.folder / "index_cache" / _cache_key(prepared, length, recipe.seed, samples)
-    refused: list[UserError | None] = [None]
+    found: list[Path | UserError | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            _write_index(prepared, cache, _config(prepared, recipe, cache), samples)
+            found = [_index(prepared, recipe, samples)]
         except UserError as error:
             error.on_all_ranks = True
-            refused = [error]
+            found = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(refused, src=0)
-    if refused[0] is not None:
-        raise refused[0]
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, _config(prepared, recipe, cache))
+        dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    assert found[0] is not None, "the first rank says where it is"
+    config = _config(prepared, recipe, found[0])
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
     train, _, _ = builder.build()
     return train
 
@@ -162,35 +162,46 @@ def _cache_key(prepared: PreparedData, length: int, seed: int, samples: int) -> 
     return hashlib.sha256(f"{prepared.sha256} {prepared.folder} {length} {seed} {samples}".encode()).hexdigest()[:24]
 
 
-def _write_index(prepared: PreparedData, cache: Path, config: Any, samples: int) -> None:
-    """Make ``cache`` whole or not at all; several runs may share the data folder, and a run may die here."""
-    if cache.is_dir():
-        return
-    with _explained_index_errors(prepared.folder):
-        cache.parent.mkdir(exist_ok=True)
-        with folder_lock(cache.parent, "indexing", wait=True) as held:
-            if cache.is_dir():
-                return
-            # Without a lock another run may build the same.
-            building = cache.with_name(f"{cache.name}{'' if held else f'.{node_name()}.{os.getpid()}'}.building")
-            shutil.rmtree(building, ignore_errors=True)
-            config.path_to_cache = str(building)
-            low_level = IndexedDataset(prepared.prefix("train"))
-            indices = np.arange(len(low_level), dtype=np.int32)
-            GPTDataset(low_level, prepared.prefix("train"), indices, samples, Split.train, config)
-            try:
-                os.replace(building, cache)
-            except OSError:
-                if held or not cache.is_dir():
-                    raise
-                shutil.rmtree(building)  # the other one was faster
-
-
-@contextlib.contextmanager
-def _explained_index_errors(folder: Path) -> Iterator[None]:
+def _index(prepared: PreparedData, recipe: Recipe, samples: int) -> Path:
+    """Where the index of the samples is, written if need be."""
+    name = _cache_key(prepared, recipe.model.sequence_length, recipe.seed, samples)
+    caches = [folder / "index_cache" / name for folder in (prepared.folder, Path(recipe.run_folder))]
+    if (cache := next((cache for cache in caches if cache.is_dir()), None)) is not None:
+        return cache
     try:
-        yield
+        _write_index(prepared, caches[0], recipe, samples)
     except OSError as error:
-        raise UserError(
-            f"the sample index of data.folder {folder} cannot be written: {error}; make the folder writable"
-        ) from error
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise _not_written(f"data.folder {prepared.folder}", error) from error
+    else:
+        return caches[0]
+    try:
+        _write_index(prepared, caches[1], recipe, samples)
+    except OSError as error:
+        raise _not_written(f"{recipe.run_folder}, as data.folder {prepared.folder} is read-only,", error) from error
+    return caches[1]
+
+
+def _write_index(prepared: PreparedData, cache: Path, recipe: Recipe, samples: int) -> None:
+    """Make ``cache`` whole or not at all; several runs may share the data folder, and a run may die here."""
+    cache.parent.mkdir(exist_ok=True)
+    with folder_lock(cache.parent, "indexing", wait=True) as held:
+        if cache.is_dir():
+            return
+        # Without a lock another run may build the same.
+        building = cache.with_name(f"{cache.name}{'' if held else f'.{node_name()}.{os.getpid()}'}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        low_level = IndexedDataset(prepared.prefix("train"))
+        indices = np.arange(len(low_level), dtype=np.int32)
+        config = _config(prepared, recipe, building)
+        GPTDataset(low_level, prepared.prefix("train"), indices, samples, Split.train, config)
+        try:
+            os.replace(building, cache)
+        except OSError:
+            if held or not cache.is_dir():
+                raise
+            shutil.rmtree(building)  # the other one was faster
+
+
+def _not_written(where: str, error: OSError) -> UserError:
+    return UserError(f"the sample index of {where} cannot be written: {error}; make the folder writable")

@@ -147,6 +147,35 @@ def test_all_ranks_hear_that_the_index_cannot_be_written(tmp_path: Path, recipe:
         assert f"index of data.folder {tmp_path / 'data'} cannot be written" in message and on_all_ranks
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_read_only_data_are_indexed_beside_the_run(
+    tmp_path: Path, recipe: Recipe, dataset: Any, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(recipe.data.folder, data, ignore=shutil.ignore_patterns("index_cache"))
+    other = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, folder=str(data)), output_root=str(tmp_path / "runs")
+    )
+    Path(other.run_folder).mkdir(parents=True)
+    mkdir = Path.mkdir
+
+    def refused_in_data(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.is_relative_to(data):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused_in_data)
+    for _ in range(2):  # the second time it is there
+        found = run_ranks(_rows_on_rank, ranks, other)
+        together = [sorted(row for rank in found for row in rank[step]) for step in range(len(found[0]))]
+        assert together == [sorted(rows(step)) for step in steps_of(dataset, 0, 1)]
+    assert len(list((Path(other.run_folder) / "index_cache").glob("*/*shuffle_index.npy"))) == 1
+    Path(other.run_folder, "index_cache").rename(tmp_path / "gone")
+    Path(other.run_folder).rmdir()
+    for message, on_all_ranks in run_ranks(_refusal_on_rank, ranks, other):
+        assert f"{other.run_folder}, as data.folder {data} is read-only, cannot be written" in message and on_all_ranks
+
+
 def test_unfinished_index_is_built_again(recipe: Recipe, prepared: PreparedData, dataset: Any) -> None:
     other = dataclasses.replace(recipe, seed=78)
     folder = prepared.folder / "index_cache"
