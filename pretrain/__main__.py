@@ -106,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         added = verb(name, run, text)
         added.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         added.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=3e-4")
-        if name == "train":
+        if name == "prepare":
+            text = "compare what is prepared already with the hashes in its manifest, and do nothing else"
+            added.add_argument(
+                "--verify", dest="run", action="store_const", const="pretrain.data.verify:verify", help=text
+            )
+        else:
             added.add_argument("--stop-at-step", type=_positive, help="save and stop after this step")
             added.add_argument("--allow-changes", action="store_true", help="go on with another batch, data, optimizer")
             start = added.add_mutually_exclusive_group()
