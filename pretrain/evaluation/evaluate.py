@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pretrain.console import say
 from pretrain.data.corpus import Split
 from pretrain.evaluation.measures import Arrays, measure
 from pretrain.evaluation.run_model import subject_of_run
-from pretrain.files import make_folder, without_infinities, write_bytes, write_json
+from pretrain.files import json_bytes, make_folder, replacing, without_infinities
 from pretrain.model.size import model_size
 from pretrain.recipe import Recipe
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
@@ -61,12 +60,12 @@ def evaluate_run(folder: RunFolder, recipe: Recipe, topology: Topology, checkpoi
 
 
 def write_evaluation(evaluation: dict[str, Any], arrays: Arrays, file: Path, arrays_file: Path) -> None:
-    """Both files, the arrays first, and a line for the terminal."""
+    """Both files, neither where one cannot be written, and a line for the terminal."""
     make_folder(file.parent)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_bytes(arrays_file, buffer.getvalue())
-    write_json(file, without_infinities(evaluation))
+    with replacing(file) as new_file, replacing(arrays_file) as new_arrays:  # the arrays get their name first
+        new_file.write_bytes(json_bytes(without_infinities(evaluation)))
+        with new_arrays.open("wb") as stored:
+            np.savez_compressed(stored, allow_pickle=False, **arrays)
     step = evaluation["checkpoint_step"]
     say(
         f"{evaluation['run']}:{'' if step is None else f' step {step:,},'} {evaluation['split']} perplexity "

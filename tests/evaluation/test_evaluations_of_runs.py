@@ -8,10 +8,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pretrain.__main__ import main
 from pretrain.checkpointing.folder import read_manifest, write_manifest
+from pretrain.evaluation.evaluate import write_evaluation
 from pretrain.evaluation.evaluation_file import read_evaluation
 from pretrain.run_folder import EVALUATION_FORMAT, RunFolder
 from pretrain.topology import connect
@@ -184,3 +186,18 @@ def test_a_process_lets_go_of_its_groups(prepared_recipe, tmp_path):
     gc.collect()
     assert threads_of_groups() <= before
     assert run_ranks(degree_of_rank, 2, recipe, timeout_s=60) == [2, 2]
+
+
+def test_numbers_and_arrays_are_written_together(tmp_path):
+    """A disk that is full with the second file leaves the first as it was."""
+    file, arrays = tmp_path / "evaluation.json", tmp_path / "evaluation.npz"
+    tree = {"run": "r", "checkpoint_step": 3, "split": "test", "perplexity": {"total": 2.0}, "isotropy": 0.5,
+            "mean_cosine": 0.5}  # fmt: skip
+    write_evaluation(tree, {"row_norms": np.ones(3)}, file, arrays)
+    before = file.read_bytes(), arrays.read_bytes()
+    with pytest.raises(TypeError):
+        write_evaluation(tree | {"split": object()}, {"row_norms": np.zeros(3)}, file, arrays)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        write_evaluation(tree | {"split": "valid"}, {"row_norms": np.array([None])}, file, arrays)
+    assert (file.read_bytes(), arrays.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.npz"]
