@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -18,17 +19,26 @@ from pretrain.recipe import Recipe
 
 SHIPPED = Path(__file__).parent / "recipes"
 MERGE = "tag:yaml.org,2002:merge"  # of the key <<, whose mapping fills in what is not given
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+NOT_IN_TENS = re.compile(r"[-+]?0[0-7_]+|.*:.*")  # 0777 is read as 511, 1:30 as 90
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]
-    """Refuses a key that is given twice, of which YAML would take the last, and says where a date or number is none."""
+    """Refuses a key that is given twice, of which YAML would take the last, and numbers that mean others than they say.
+
+    It says where a date or number is none.
+    """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            found = super().construct_object(node, deep)
         except ValueError as error:
             said = f"{node.value!r} is no date or number: {error}"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
+        if node.tag in NUMBERS and NOT_IN_TENS.fullmatch(node.value):
+            said = f"{node.value} is {found} in YAML: write that, or quotes around it"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
@@ -104,7 +114,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of keys")

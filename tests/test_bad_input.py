@@ -129,6 +129,8 @@ def test_what_does_not_divide(write_recipe, capfd, tmp_path, overrides, part):
     [
         ("name=2024-13-45", "'2024-13-45' is no date or number: month must be in 1..12"),
         ("seed=0x_", "'0x_' is no date or number"),
+        ("seed=0777", "0777 is 511 in YAML: write that, or quotes around it"),
+        ("checkpoint.every_steps=1:30", "1:30 is 90 in YAML"),
         ("data.corpus.train=[*.txt]", 'begins with * or looks like a date or number needs quotes, as in ["*.txt"]'),
         ("name=\udcff", "the value is not YAML: unacceptable character"),
         ('name=["a", {b: 1}', "the value is not YAML: expected"),
@@ -323,6 +325,8 @@ def test_recipe_that_is_not_one(capfd, tmp_path):
     assert "not a mapping" in refused(capfd, "train", str(path))
     path.write_text("a: [")
     assert "is not YAML" in refused(capfd, "train", str(path))
+    path.write_text("name: " + "[" * 2000)
+    assert "is not YAML: maximum recursion depth" in refused(capfd, "train", str(path))
     path.write_text("name: a\nseed: 0x_\n")
     message = refused(capfd, "train", str(path))
     assert "'0x_' is no date or number" in message and "line 2" in message
