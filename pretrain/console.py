@@ -20,6 +20,7 @@ def bar(total: int | None, description: str, unit: str, *, show: bool = True, in
         initial=initial,
         desc=description,
         unit=f" {unit}",
+        unit_scale=unit == "bytes",
         disable=not show,
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,

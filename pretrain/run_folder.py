@@ -37,6 +37,7 @@ NOT_OF_A_RUN = (
     "state.json",
     "aside",
     "resharding",
+    "index_cache",
 )
 
 EVALUATION_FORMAT = 4
