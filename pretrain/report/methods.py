@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.recipe_io import flatten
+from pretrain.recipe import DataRecipe, Recipe
+from pretrain.recipe_io import flatten, recipe_to_dict
 from pretrain.report.run_records import Floats, RunRecord
 
 # Keys of a recipe that may differ within a method: where things lie, how they are laid out, saved and reported.
 NOT_SETTINGS = (
     "name", "seed", "output_root", "device", "hang_timeout_minutes", "parallel", "checkpoint", "reporting",
-    "data.folder", "data.prepare_processes", "batch.micro_batch_size",
+    "data.folder", "data.prepare_processes", "batch.micro_batch_size", "model.activation_checkpointing",
 )  # fmt: skip
 
 
@@ -96,10 +97,11 @@ def repeated_seeds(methods: Sequence[Method]) -> list[tuple[Method, Method]]:
 
 
 def settings(record: RunRecord) -> dict[str, Any]:
-    """What makes the method: dotted keys of the recipe but :data:`NOT_SETTINGS`."""
+    """What makes the method: dotted keys of the recipe but :data:`NOT_SETTINGS`; keys newer than the run: defaults."""
+    defaults = flatten(recipe_to_dict(Recipe(name="", data=DataRecipe(folder="")))) if record.recipe else {}
     return {
         key: value
-        for key, value in flatten(record.recipe).items()
+        for key, value in (defaults | flatten(record.recipe)).items()
         if not any(key == free or key.startswith(free + ".") for free in NOT_SETTINGS)
     }
 

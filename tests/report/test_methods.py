@@ -48,6 +48,7 @@ def test_runs_that_differ_only_by_the_seed(tmp_path: Path) -> None:
         ("parallel", "tensor_model_parallel_size", 2, 1),
         ("batch", "micro_batch_size", 2, 1),
         ("reporting", "log_every_steps", 7, 1),
+        ("model", "activation_checkpointing", "full", 1),
         ("objective", "alpha", 0.013, 2),
         ("optimizer", "learning_rate", 2e-3, 2),
         ("batch", "global_batch_size", 64, 2),
@@ -58,6 +59,16 @@ def test_what_makes_another_method(section: str, key: str, value: object, method
     folders = write_seeds(tmp_path, "agg", (1, 2))
     change(folders[1], section, key, value)
     assert len(grouped(folders)) == methods
+
+
+def test_a_run_of_before_a_key_has_its_default(tmp_path: Path) -> None:
+    folders = write_seeds(tmp_path, "agg", (1, 2))
+    path = folders[1] / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del tree["model"]["logit_soft_cap"], tree["spikes"]
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    (method,) = grouped(folders)
+    assert method.seeds == [1, 2]
 
 
 def test_another_checkpoint_or_text_makes_another_method(tmp_path: Path) -> None:
