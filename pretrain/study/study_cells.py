@@ -286,7 +286,8 @@ def partner(study: Study, series: Series) -> Series | None:
     if series.method == study.baseline:
         return None
     plain = [other for other in study.series if other.method == study.baseline]
-    return next((other for other in plain if all(series.fixed.get(k) == v for k, v in other.fixed.items())), None)
+    here = series.rows[0]  # ``fixed`` lacks an axis of which this method has one value alone
+    return next((one for one in plain if all(here.get(f"axis.{k}") == v for k, v in one.fixed.items())), None)
 
 
 def paired(series: Series, base: Series, measure: StudyMeasure, scale: str) -> dict[float, list[float]]:

@@ -152,3 +152,15 @@ def test_depth_and_width_at_one_size_make_series() -> None:
     study = read_study(rows)
     assert study.scale == "parameters_without_embeddings"
     assert [tuple(series.fixed.values()) for series in study.series] == sorted(SHAPES.values())
+
+
+def test_a_method_with_one_value_of_an_axis_is_compared_at_that_value() -> None:
+    """As where an exclusion leaves no more of it, or the other runs are not done yet."""
+    every = [
+        row | {"axis.rate": rate, "run": f"{row['run']}_{rate}"}
+        for row in study_records(sizes=("xs", "s"), methods=("plain", "agg10")) for rate in (0.001, 0.003)
+    ]  # fmt: skip
+    study = read_study([row for row in every if row["method"] == "plain" or row["axis.rate"] == 0.003])
+    bases = [found and found.label for series in study.series for found in [partner(study, series)]]
+    assert [series.label for series in study.series] == ["plain, rate 0.001", "plain, rate 0.003", "agg10"]
+    assert bases == [None, None, "plain, rate 0.003"]
