@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def _spectra(study: Study, runs: Path | None) -> dict[str, Floats]:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 found[row["run"]] = np.asarray(stored["singular_values"], dtype=np.float64)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             again = f"run `python -m pretrain evaluate {path.parent}` again"
             raise UserError(f"cannot read the singular values in {path} ({error}): {again}") from error
     return found

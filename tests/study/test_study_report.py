@@ -250,6 +250,7 @@ def test_the_files_of_a_study(tmp_path: Path) -> None:
     assert COMMAND in text_of(tmp_path / "report.html")
     assert "Not all runs are done: 4 planned" in text_of(tmp_path / "report.html")
     assert "Singular values" in text_of(report_study(tmp_path, "A study", QUESTION, COMMAND))
-    (tmp_path / rows[0]["run"] / "evaluation.npz").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"cannot read the singular values in .*evaluation\.npz"):
-        report_study(tmp_path, "A study", QUESTION, COMMAND)
+    for torn in (b"torn", b""):
+        (tmp_path / rows[0]["run"] / "evaluation.npz").write_bytes(torn)
+        with pytest.raises(UserError, match=r"cannot read the singular values in .*evaluation\.npz"):
+            report_study(tmp_path, "A study", QUESTION, COMMAND)
