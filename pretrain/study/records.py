@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluation_file import read_evaluation
+from pretrain.evaluation.evaluation_file import read_arrays, read_evaluation
 from pretrain.files import file_sha256, lock_file, replacing
 from pretrain.model.size import training_flops_per_token
 from pretrain.recipe_io import flatten
@@ -95,7 +95,7 @@ def _rows(run: RunFolder, plan: dict[str, Any], entry: dict[str, Any]) -> Iterat
     recipe, sha256 = run.saved_recipe(), file_sha256(run.recipe_file)
     for file in (*sorted((run.path / "evaluations").glob("step_*.json")), run.evaluation_file):
         evaluation = read_evaluation(file)
-        vocab_size = _vocab_size(recipe.data.folder, recipe.data.tokenizer.vocab_size)
+        vocab_size = _vocab_size(recipe.data.folder, file.with_suffix(".npz"))
         # Not those that were trained on: a skipped step would make a scale of its own, and part a run from its pair.
         planned = evaluation["checkpoint_step"] * recipe.tokens_per_step
         training = evaluation["training"]
@@ -133,11 +133,12 @@ def _measures(evaluation: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _vocab_size(data_folder: str, asked: int) -> int:
+def _vocab_size(data_folder: str, arrays: Path) -> int:
+    """Where the data are gone, by the evaluation: a given tokenizer need not have the number of ids of the recipe."""
     from pretrain.data.manifest import Manifest
 
     manifest = Manifest.read(Path(data_folder))
-    return asked if manifest is None else manifest.vocab_size
+    return len(read_arrays(arrays)["token_counts"]) if manifest is None else manifest.vocab_size
 
 
 def _table(rows: list[dict[str, Any]], axes: list[str]) -> pa.Table:

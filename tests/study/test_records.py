@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from pretrain.errors import UserError
+from pretrain.evaluation.evaluation_file import ARRAYS
 from pretrain.study import records
 from pretrain.study.grid import cells_of
 from pretrain.study.records import read_records, write_records
@@ -65,6 +68,19 @@ def test_a_run_that_skipped_a_step_stays_at_its_scale(claimed, prepared_recipe, 
     assert whole["planned_tokens"] == skipped["planned_tokens"] == 6 * 256
     assert whole["flops"] == skipped["flops"] > 0
     assert (whole["consumed_tokens"], skipped["consumed_tokens"]) == (6 * 256, 5 * 256)
+
+
+def test_the_vocabulary_where_the_data_are_gone(claimed, prepared_recipe, monkeypatch):
+    """The recipe's number says nothing where a tokenizer was given: the evaluation counted the ids."""
+    gone = replace(prepared_recipe, data=replace(prepared_recipe.data, folder=str(claimed.path / "gone")))
+    run = claimed.run("xs-plain-seed1")
+    run.claim(gone, "")
+    write_state(run.path, RunState(), "done")
+    run.evaluation_file.write_text("{}")
+    np.savez(run.evaluation_arrays, **{name: np.zeros(321) for name in ARRAYS})
+    monkeypatch.setattr(records, "read_evaluation", lambda file: EVALUATION | {"tokens": 6 * 256})
+    (row,) = read_records(write_records(claimed.path)).to_pylist()
+    assert row["vocab_size"] == 321
 
 
 def test_types_of_axes():
