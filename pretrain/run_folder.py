@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.checkpointing.folder import checkpoints_in, choose_checkpoint, problems_of, step_of
+from pretrain.checkpointing.folder import UNFINISHED, checkpoints_in, choose_checkpoint, problems_of, step_of
 from pretrain.errors import DamagedCheckpoint, UserError
 from pretrain.files import make_folder, sync_folder, write_text
 from pretrain.recipe import Recipe
@@ -143,9 +143,12 @@ class RunFolder:
 
     def replace_checkpoint(self, checkpoint: Path, new: Path) -> Path:
         """Put ``new`` in the place of a checkpoint, which moves to ``aside/TIME/checkpoints``."""
+        beside = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}_moved")  # first: it may come from another disk
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.move(new, beside)
         aside = self._move_aside([checkpoint])
         assert aside is not None
-        new.rename(checkpoint)
+        beside.rename(checkpoint)
         sync_folder(self.checkpoints)
         return aside
 
@@ -175,7 +178,7 @@ class RunFolder:
         for path in paths:
             target = aside / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            shutil.move(path, target)  # checkpoints may be a link to another disk
         return aside
 
     def evaluation_files(self, checkpoint: Path) -> tuple[Path, Path]:
