@@ -76,10 +76,10 @@ def _cell(row: Measure, method: Method, first: Method, *, best: bool) -> Cell:
     change, shown = "", False
     if method is not first:
         paired = row.paired(method, first)
-        if paired is not None and paired.low is not None:
-            change, shown = row.paired_text(paired), paired.excludes_zero and row.better is not None
-        else:
+        if len(method.records) == len(first.records) == 1:
             change = row.change(method, first)
+        elif paired is not None:
+            change, shown = row.paired_text(paired), paired.excludes_zero and row.better is not None
     return Cell(row.text(method), best, interval, change, shown, uneven(method, row))
 
 

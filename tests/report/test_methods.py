@@ -10,6 +10,7 @@ import yaml
 
 from pretrain.report.methods import Method, group_runs, settings_that_differ
 from pretrain.report.run_records import read_runs
+from pretrain.report.table import sections
 from tests.report.synthetic_runs import (
     STEPS,
     TOKENS_PER_STEP,
@@ -83,6 +84,14 @@ def test_one_seed_twice_is_not_two_seeds(tmp_path: Path) -> None:
     folders = [write_run(tmp_path, "a", seed=1), write_run(tmp_path, "b", seed=1), write_run(tmp_path, "c", seed=2)]
     methods = grouped(folders)
     assert [method.seeds for method in methods] == [[1, 2], [1]]
+
+
+@pytest.mark.parametrize(("seeds", "change"), [((2, 3), "+5.9 %"), ((3, 4), "")])
+def test_differences_are_over_the_seeds_in_common(seeds: tuple[int, int], change: str, tmp_path: Path) -> None:
+    """As the table says, and not between means of other seeds."""
+    methods = grouped(write_seeds(tmp_path, "mle", (1, 2)) + write_seeds(tmp_path, "agg", seeds))
+    total = next(row for section in sections(methods) for row in section.rows if row.label == "total")
+    assert total.cells[1].change == change
 
 
 def test_models_without_a_recipe_stay_apart(tmp_path: Path) -> None:
