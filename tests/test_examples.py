@@ -121,6 +121,16 @@ def test_fsdp_that_counts_a_rank_alone_is_found():
     assert not same(run_ranks(fsdp_rank, 2, False, True)[0], expected, 1e-6)
 
 
+def test_fsdp_cuts_a_step_into_any_number_of_micro_batches():
+    """Also into more than a rank has rows, as many ranks with few rows each do."""
+    for result in run_ranks(fsdp_in_parts, 2, 9):
+        assert same(result, expected_of_torch_loop())
+
+
+def fsdp_in_parts(rank, world_size, micro_batches):
+    return fsdp.train(STEPS, micro_batches)
+
+
 def fsdp_rank(rank, world_size, tied, alone=False):
     if alone:
         fsdp.AdaptiveGradientGating = counting_alone

@@ -96,7 +96,8 @@ def train(
         dist.all_reduce(valid)
         total = torch.zeros(())
         for part, (some, theirs) in enumerate(
-            zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
+            # As many on each rank, also where rows run out: the last one syncs, and FSDP's collectives are of all.
+            zip(tokens.tensor_split(micro_batches), targets.tensor_split(micro_batches), strict=True)
         ):
             model.set_requires_gradient_sync(part == micro_batches - 1)
             loss = model(some, theirs) / valid
