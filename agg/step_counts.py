@@ -238,22 +238,30 @@ class StepCounts(ABC):
                 generator, and no rank holds them all.
 
         Raises:
-            ValueError: another window, vocabulary or version, or parts that do not cover this rank's share; nothing
-                has changed then.
+            ValueError: another window, vocabulary or version, parts of different steps or runs, or that do not cover
+                this rank's share; nothing has changed then.
         """
         size, start = len(self.shard), self.shard.start
         totals = torch.zeros(size + 1, dtype=self._totals_dtype, device="cpu")
         covered = torch.zeros(size, dtype=torch.bool, device="cpu")
         updates: int | None = None
+        tokens: torch.Tensor | None = None
         kept: dict[int, Any] = {}
         for part in [states] if isinstance(states, dict) else states:
             updates = part["updates"] if updates is None else updates
             self._check_part(part, updates)
-            low, high = max(start, part["start"]), min(self.shard.stop, part["stop"])
-            totals[-1] = part["totals"][-1]
+            low, high, theirs = max(start, part["start"]), min(self.shard.stop, part["stop"]), part["totals"].cpu()
+            totals[-1] = tokens = theirs[-1] if tokens is None else tokens
+            differ = bool(theirs[-1] != tokens)
             if low < high:
-                totals[low - start : high - start] = part["totals"][low - part["start"] : high - part["start"]]
-                covered[low - start : high - start] = True
+                here, of_part = slice(low - start, high - start), theirs[low - part["start"] : high - part["start"]]
+                differ |= bool((covered[here] & (totals[here] != of_part)).any())
+                totals[here], covered[here] = of_part, True
+            if differ:  # as where a save of fewer ranks left parts of an older one beside its own
+                raise ValueError(
+                    "the parts of the saved token counts are of different runs, as they have counted other targets: "
+                    "give those of one checkpoint"
+                )
             self._keep(kept, part)
         if updates is None:
             raise ValueError("no saved token counts were given")

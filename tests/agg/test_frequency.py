@@ -113,6 +113,23 @@ def test_parts_that_do_not_fit_change_nothing(kind):
     assert kind is DecayedTokenFrequency or all(torch.equal(after[key], before[key]) for key in ("rows", "counts"))
 
 
+@pytest.mark.parametrize("kind", [TokenFrequency, DecayedTokenFrequency])
+@pytest.mark.parametrize("other_tokens", [30, 29])
+def test_parts_of_two_runs_at_one_step_are_refused(kind, other_tokens):
+    """As when fewer ranks save over what more had saved: with the totals of one and steps of the other, counts of
+    tokens would fall below 0."""
+    shard, saved = VocabShard.of_rank(50, 0, 1), []
+    for first, tokens in ((0, 30), (4, other_tokens)):
+        saved.append(kind(shard, 4))
+        for batch in batches(8)[first : first + 4]:
+            saved[-1].update(batch[-tokens:])
+    frequency = kind(shard, 4)
+    for parts in (saved, saved[::-1]):
+        with pytest.raises(ValueError, match="parts of the saved token counts are of different runs"):
+            frequency.load_state_dict(part.state_dict() for part in parts)
+    assert frequency.steps == 0
+
+
 def test_state_continues_the_window():
     seen = batches(9)
     whole, first = (TokenFrequency(VocabShard.of_rank(50, 0, 1), 4) for _ in range(2))
