@@ -138,7 +138,8 @@ def gates_of_counts(
     """:func:`rarity_gates` of the rows of ``shard``; counts and :func:`rare_candidates` [padded V] are of all."""
     rows = slice(shard.start, shard.stop)
     counts = counts.double()  # of two integers torch would make a float32
-    rarity = (counts / _at_least_one(tokens, counts.device)).mul_(reference_batch_tokens)
+    # Of integers the product is exact: what occurs exactly alpha times is not rare, whatever the unit.
+    rarity = (counts * reference_batch_tokens).div_(_at_least_one(tokens, counts.device))
     rare_ids = (rarity < alpha) & candidates
     # No rare token has occurred: then no position has a rare target either, and g2 is not used.
     of_rare = (counts * rare_ids).sum().clamp_(min=1e-300)
@@ -168,7 +169,7 @@ def alpha_of_counts(
     nearer = (with_them - wanted < wanted - without) & (with_them < number)
     place = torch.where(nearer, with_them, without)
     threshold = torch.where(number > 0, in_order.gather(0, place.clamp(max=len(counts) - 1)[None])[0], 0.0)
-    return threshold / _at_least_one(tokens, counts.device) * reference_batch_tokens
+    return threshold * reference_batch_tokens / _at_least_one(tokens, counts.device)
 
 
 def _at_least_one(tokens: int | torch.Tensor, device: torch.device) -> torch.Tensor:

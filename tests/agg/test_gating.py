@@ -35,6 +35,14 @@ def test_alpha_keeps_its_meaning_when_the_batch_changes():
     assert small.rare.tolist() == [False, False, False, True, True, True, True, False]
 
 
+def test_what_occurs_alpha_times_is_not_rare_whatever_the_unit():
+    """49 * (1 / 49) is below 1."""
+    for unit in range(3, 400):
+        counts = [3 * unit - 5, 3, 2, 0, 0, 0, 0, 0]
+        rare = gates_of(counts, tokens=3 * unit, alpha=1.0, reference_batch_tokens=unit).rare.tolist()
+        assert rare[:3] == [False, False, True], unit
+
+
 def test_nothing_counted_yet():
     gates = gates_of([0] * 8, tokens=0)
     assert gates.rare.tolist() == [True] * 7 + [False]
