@@ -80,12 +80,14 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
 def train(
     model: PreTrainedModel, folder: str, steps: int = 30, dataset: Dataset[Any] | None = None, **options: Any
 ) -> GatedTrainer:
-    """Steps of 16 sequences, on any number of ranks; ``options`` are TrainingArguments."""
+    """Steps of 16 sequences, on as many ranks as divide that; ``options`` are TrainingArguments."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batches = max(1, 4 // ranks)
     labels = [sequence for step in range(steps) for sequence in zipf_batch(step)]
     arguments: dict[str, Any] = {
         "max_steps": steps,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4 // int(os.environ.get("WORLD_SIZE", "1")),
+        "per_device_train_batch_size": 16 // (ranks * micro_batches),
+        "gradient_accumulation_steps": micro_batches,
         "train_sampling_strategy": "sequential",
         "learning_rate": 3e-3,
         "lr_scheduler_type": "constant",
