@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from agg import AdaptiveGradientGating, VocabShard
 from pretrain.examples.corpus import VOCAB_SIZE, zipf_batch
+from pretrain.examples.counts import remove_older_parts
 from pretrain.examples.torch_loop import SmallModel
 
 
@@ -66,6 +67,7 @@ def save(step: int, model: ModelWithLoss, optimizer: torch.optim.Optimizer, fold
     weights, moments = get_state_dict(model.model, optimizer)
     dcp.save({"weights": weights, "moments": moments, "step": step}, checkpoint_id=folder)  # type: ignore[attr-defined]
     torch.save(model.loss_of.get_extra_state(), folder / f"token_counts_{dist.get_rank()}.pt")
+    remove_older_parts(folder, dist.get_world_size())
 
 
 def load(model: ModelWithLoss, optimizer: torch.optim.Optimizer, folder: Path) -> int:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from pretrain.examples.corpus import zipf_batch
+from pretrain.examples.counts import remove_older_parts
 from pretrain.examples.huggingface import build_loss, check_logits, small_gpt2, summed_loss
 
 
@@ -70,6 +71,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)  # every rank: each holds a part of the window
         torch.save(self.loss_of.get_extra_state(), folder / f"token_counts_{self.args.process_index}.pt")
+        remove_older_parts(folder, self.args.world_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

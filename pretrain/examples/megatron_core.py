@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from agg import AdaptiveGradientGating, VocabShard
 from pretrain.examples.corpus import VOCAB_SIZE, zipf_batch
+from pretrain.examples.counts import remove_older_parts
 from pretrain.model.attention import ScaledDotProductAttention
 
 PADDED_VOCAB_SIZE = 1024  # Megatron-LM: args.padded_vocab_size
@@ -93,6 +94,7 @@ def build(tied: bool = False, **options: Any) -> GatedGPTModel:
 def save_counts(loss_of: AdaptiveGradientGating, folder: Path) -> None:
     """Each rank that has the loss saves its part."""
     torch.save(loss_of.get_extra_state(), folder / f"token_counts_{dist.get_rank()}.pt")
+    remove_older_parts(folder, dist.get_world_size())
 
 
 def load_counts(loss_of: AdaptiveGradientGating, folder: Path) -> None:
