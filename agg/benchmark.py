@@ -185,6 +185,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tensor-parallel {max(options.tensor_parallel)} needs as many GPUs, there are {devices}")
     if not options.output.absolute().parent.is_dir():
         parser.error(f"--output: there is no folder {options.output.absolute().parent}")
+    if options.output.is_dir():
+        parser.error(f"--output: {options.output} is a folder, give a file")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     options.sizes = options.sizes or (limits.grid_sizes() if options.grid else limits.default_sizes(options.device))
     return options

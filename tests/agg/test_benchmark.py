@@ -264,7 +264,8 @@ def test_targets():
 
 
 def test_bad_options(capsys, tmp_path):
-    for arguments in (["--rounds", "1"], ["--tensor-parallel", "0"], ["--output", str(tmp_path / "no" / "file")]):
+    outputs = (["--sizes", "64x8x16", "--output", str(output)] for output in (tmp_path / "no" / "file", tmp_path))
+    for arguments in (["--rounds", "1"], ["--tensor-parallel", "0"], *outputs):
         with pytest.raises(SystemExit) as stop:
             benchmark.main(arguments)
         assert stop.value.code == 2
