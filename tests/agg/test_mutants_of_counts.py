@@ -62,6 +62,12 @@ def last_part_without(key: str):
     return load
 
 
+def parts_without_totals(self, states):
+    """Of all: that one part has others than the rest is refused."""
+    parts = [states] if isinstance(states, dict) else list(states)
+    load_state_dict(self, [part | {"totals": torch.zeros_like(part["totals"])} for part in parts])
+
+
 def place_off_by(more: int):
     def alpha(appearances, rare_fraction, **options):
         return alpha_of_rare_fraction(appearances, rare_fraction + more / len(appearances), **options)
@@ -197,7 +203,7 @@ MUTANTS = {
     "undo does nothing, fading": (DecayedTokenFrequency, "undo_update", lambda self: None, fades),
     "undo does nothing, ranks": (TokenFrequency, "undo_update", lambda self: None, reshards_after_undo),
     "undo does nothing, fading, ranks": (DecayedTokenFrequency, "undo_update", lambda self: None, reshards_after_undo),
-    "totals of a part forgotten": (StepCounts, "load_state_dict", last_part_without("totals"), reshards),
+    "totals forgotten": (StepCounts, "load_state_dict", parts_without_totals, reshards),
     "slots of a part forgotten": (StepCounts, "load_state_dict", last_part_without("counts"), reshards),
     "alpha of the next id": (test_gating, "alpha_of_rare_fraction", place_off_by(1), asked_fraction),
     "alpha of the id before": (test_gating, "alpha_of_rare_fraction", place_off_by(-1), asked_fraction),
