@@ -74,8 +74,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return dict(tree)
 
 
-def read_arrays(path: Path, *, whole: bool = True) -> dict[str, npt.NDArray[Any]]:
-    """``evaluation.npz``; ``whole``: all of :data:`ARRAYS` must be there.
+def read_arrays(path: Path, needed: Sequence[str] = ARRAYS) -> dict[str, npt.NDArray[Any]]:
+    """``evaluation.npz``, in which those ``needed`` must be.
 
     Raises:
         UserError: it cannot be read, lacks arrays, or they do not fit.
@@ -85,8 +85,8 @@ def read_arrays(path: Path, *, whole: bool = True) -> dict[str, npt.NDArray[Any]
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error}): {again(path)}") from error
-    missing = [name for name in ARRAYS if name not in arrays]
-    if missing and whole:
+    missing = [name for name in needed if name not in arrays]
+    if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: {again(path)}")
     lengths = {name: len(arrays[name]) for name in ("token_counts", "row_norms", "projection") if name in arrays}
     if len(set(lengths.values())) > 1:

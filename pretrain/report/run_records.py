@@ -17,7 +17,7 @@ import numpy.typing as npt
 import yaml
 
 from pretrain.errors import UserError
-from pretrain.evaluation.evaluation_file import look_up, read_arrays, read_evaluation
+from pretrain.evaluation.evaluation_file import ARRAYS, look_up, read_arrays, read_evaluation
 from pretrain.training.metrics import read_metrics
 
 Floats = npt.NDArray[np.float64]
@@ -100,7 +100,7 @@ def _read_run(folder: Path, evaluation: dict[str, Any], name: str) -> RunRecord:
         recipe_text = _read_text(folder / "recipe.yaml")
         recipe = _read_recipe(folder / "recipe.yaml", recipe_text)
         metrics = read_metrics(folder / "metrics.jsonl")
-    arrays = folder / "evaluation.npz"
+    arrays, of_a_run = folder / "evaluation.npz", ARRAYS if evaluation["method"] is not None else ()
     return RunRecord(
         folder=folder,
         name=name,
@@ -108,7 +108,7 @@ def _read_run(folder: Path, evaluation: dict[str, Any], name: str) -> RunRecord:
         recipe_text=recipe_text,
         metrics=metrics,
         evaluation=evaluation,
-        arrays=read_arrays(arrays, whole=evaluation["method"] is not None) if recipe or arrays.is_file() else {},
+        arrays=read_arrays(arrays, of_a_run) if recipe or arrays.is_file() else {},
     )
 
 

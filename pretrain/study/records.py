@@ -138,7 +138,7 @@ def _vocab_size(data_folder: str, arrays: Path) -> int:
     from pretrain.data.manifest import Manifest
 
     manifest = Manifest.read(Path(data_folder))
-    return len(read_arrays(arrays)["token_counts"]) if manifest is None else manifest.vocab_size
+    return len(read_arrays(arrays, ["token_counts"])["token_counts"]) if manifest is None else manifest.vocab_size
 
 
 def _table(rows: list[dict[str, Any]], axes: list[str]) -> pa.Table:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from pretrain.errors import UserError
+from pretrain.evaluation.evaluation_file import read_arrays
 from pretrain.files import make_folder, write_text
 from pretrain.report.figure_style import colour
 from pretrain.report.formatting import ABSENT, MINUS
@@ -188,14 +187,8 @@ def _spectra(study: Study, runs: Path | None) -> dict[str, Floats]:
     for row in study.rows if runs is not None else ():
         assert runs is not None, "no row without a folder"
         path = runs / str(row["run"]) / "evaluation.npz"
-        if not path.is_file():
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                found[row["run"]] = np.asarray(stored["singular_values"], dtype=np.float64)
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            again = f"run `python -m pretrain evaluate {path.parent}` again"
-            raise UserError(f"cannot read the singular values in {path} ({error}): {again}") from error
+        if path.is_file():
+            found[row["run"]] = read_arrays(path, ["singular_values"])["singular_values"].astype(np.float64)
     return found
 
 

@@ -68,13 +68,15 @@ def _row(size: str, method: str, seed: int, of_seed: float, noise: Any) -> dict[
 
 
 def write_spectra(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """``RUN/evaluation.npz`` for each row, with the first singular value standing out as the mean shift says."""
+    """What is read of each row's run: ``evaluation.npz``, whose first singular value stands out as the mean shift says,
+    and that it has a recipe."""
     for row in rows:
         width = WIDTHS[row["axis.size"]]
         values = np.linspace(1.0, 0.35, width)
         values[0] = 1 + 4 * row["measure.mean_shift"]
         (folder / row["run"]).mkdir(parents=True)
         np.savez(folder / row["run"] / "evaluation.npz", singular_values=values)
+        (folder / row["run"] / "recipe.yaml").touch()
 
 
 def two_sizes(**options: Any) -> Rows:

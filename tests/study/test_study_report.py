@@ -250,7 +250,8 @@ def test_the_files_of_a_study(tmp_path: Path) -> None:
     assert COMMAND in text_of(tmp_path / "report.html")
     assert "Not all runs are done: 4 planned" in text_of(tmp_path / "report.html")
     assert "Singular values" in text_of(report_study(tmp_path, "A study", QUESTION, COMMAND))
+    arrays = tmp_path / rows[0]["run"] / "evaluation.npz"
     for torn in (b"torn", b""):
-        (tmp_path / rows[0]["run"] / "evaluation.npz").write_bytes(torn)
-        with pytest.raises(UserError, match=r"cannot read the singular values in .*evaluation\.npz"):
+        arrays.write_bytes(torn)
+        with pytest.raises(UserError, match=rf"cannot read {arrays} .* evaluate {arrays.parent}` again"):
             report_study(tmp_path, "A study", QUESTION, COMMAND)
