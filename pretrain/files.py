@@ -81,6 +81,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_problem(folder: Path, name: str, sha256: str) -> str | None:
+    """What is wrong with a file, if it cannot be read or has other bytes than those of ``sha256``."""
+    try:
+        right = file_sha256(folder / name) == sha256
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None if right else f"{name} has another SHA-256 than the manifest says"
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path, doing: str, way_out: str = "wait until it ends", *, wait: bool = False) -> Iterator[bool]:
     """Hold the one lock of a folder. It ends with the process, however that ends.

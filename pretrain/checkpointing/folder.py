@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import DamagedCheckpoint, UserError
-from pretrain.files import file_sha256, json_bytes, sync_folder, write_bytes
+from pretrain.files import hash_problem, json_bytes, sync_folder, write_bytes
 
 FORMAT = 2
 MANIFEST = "MANIFEST.json"
@@ -96,7 +96,7 @@ def problems_of(checkpoint: Path, *, hashed: bool = True, share: slice = slice(N
         problems += [f"{name} is not in {MANIFEST}" for name in sorted(others)]
     if hashed and not problems:
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda name: _hash_problem(checkpoint, name, files[name]), own)
+            found = pool.map(lambda name: hash_problem(checkpoint, name, files[name]["sha256"]), own)
             problems = [problem for problem in found if problem]
     return problems
 
@@ -181,14 +181,6 @@ def _size_problem(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | N
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None if there == size else f"{name} has {there:,} bytes, the manifest says {size:,}"
-
-
-def _hash_problem(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
-    try:
-        right = file_sha256(checkpoint / name) == entry["sha256"]
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
-    return None if right else f"{name} has another SHA-256 than the manifest says"
 
 
 def _own_sha256(content: Any) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.console import bar, bytes_in_words, say
+from pretrain.data.manifest import Manifest
 from pretrain.data.prepared import PreparedData, shard_paths
 from pretrain.errors import UserError
-from pretrain.files import file_sha256
+from pretrain.files import hash_problem
 from pretrain.recipe_io import load_recipe
 
 
@@ -20,28 +21,23 @@ def verify(options: argparse.Namespace) -> None:
         UserError: the folder cannot be used, or naming every shard that is not what was written.
     """
     prepared = PreparedData.open(load_recipe(options.recipe, options.overrides))
-    shards = list(_shards(prepared))
-    total = sum(path.stat().st_size for path, _ in shards)
-    bad = []
+    shards = list(_shards(prepared.manifest))
+    total = sum(size for _, size, _ in shards)
+    problems = []
     with bar(total, "reading", "bytes") as progress:
-        for path, sha256 in shards:
-            if not _is(path, sha256):
-                bad.append(str(path))
-            progress.update(path.stat().st_size)
-    if bad:
+        for name, size, sha256 in shards:
+            problems.append(hash_problem(prepared.folder, name, sha256))
+            progress.update(size)
+    if found := [problem for problem in problems if problem]:
         raise UserError(
-            f"{', '.join(bad)} is not what was written: copy each again, or delete {prepared.folder} and prepare again"
+            f"{prepared.folder}: {'; '.join(found)}; copy these files again, or delete the folder and prepare again"
         )
     say(f"{prepared.folder}: {len(shards)} shard files, {bytes_in_words(total)}, the tokenizer and counts, all valid")
 
 
-def _is(path: Path, sha256: str) -> bool:
-    try:
-        return file_sha256(path) == sha256
-    except OSError:  # of a disk that fails
-        return False
-
-
-def _shards(prepared: PreparedData) -> Iterator[tuple[Path, str]]:
-    for split, entry in prepared.manifest.splits.items():
-        yield from zip(shard_paths(prepared.folder / split), (entry.bin_sha256, entry.idx_sha256), strict=True)
+def _shards(manifest: Manifest) -> Iterator[tuple[str, int, str]]:
+    """Name, bytes and SHA-256 of each file."""
+    for split, entry in manifest.splits.items():
+        data, index = (path.name for path in shard_paths(Path(split)))
+        yield data, entry.bin_bytes, entry.bin_sha256
+        yield index, entry.idx_bytes, entry.idx_sha256

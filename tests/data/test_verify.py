@@ -29,8 +29,8 @@ def test_changed_bytes_are_found_without_the_corpus(tmp_path: Path, capfd: pytes
     PreparedData.open(recipe)  # which does not look
     assert main(command) == 2
     error = capfd.readouterr().err
-    assert f"error: {tmp_path}/data/train.bin, {tmp_path}/data/test.idx is not what was written" in error
-    assert "valid." not in error
+    said = [f"{name} has another SHA-256 than the manifest says" for name in ("train.bin", "test.idx")]
+    assert f"error: {tmp_path}/data: {'; '.join(said)}; copy these files again" in error
 
 
 def test_what_was_never_prepared_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
