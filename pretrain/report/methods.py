@@ -13,12 +13,10 @@ import numpy as np
 from pretrain.recipe import DataRecipe, Recipe
 from pretrain.recipe_io import flatten, recipe_to_dict
 from pretrain.report.run_records import Floats, RunRecord
+from pretrain.run_folder import FREE_KEYS, FREE_SECTIONS
 
-# Keys of a recipe that may differ within a method: where things lie, how they are laid out, saved and reported.
-NOT_SETTINGS = (
-    "name", "seed", "output_root", "device", "hang_timeout_minutes", "parallel", "checkpoint", "reporting",
-    "data.folder", "data.prepare_processes", "batch.micro_batch_size", "model.activation_checkpointing",
-)  # fmt: skip
+# Keys of a recipe that may differ within a method: as in a run that goes on, but for what is done about spikes.
+NOT_SETTINGS = ("name", "seed", *FREE_KEYS, *(section for section in FREE_SECTIONS if section != "spikes"))
 
 
 @dataclass(frozen=True)
