@@ -243,25 +243,24 @@ class StepCounts(ABC):
         """
         size, start = len(self.shard), self.shard.start
         totals = torch.zeros(size + 1, dtype=self._totals_dtype, device="cpu")
-        covered = torch.zeros(size, dtype=torch.bool, device="cpu")
+        covered = torch.zeros(size + 1, dtype=torch.bool, device="cpu")
         updates: int | None = None
-        tokens: torch.Tensor | None = None
         kept: dict[int, Any] = {}
         for part in [states] if isinstance(states, dict) else states:
             updates = part["updates"] if updates is None else updates
             self._check_part(part, updates)
-            low, high, theirs = max(start, part["start"]), min(self.shard.stop, part["stop"]), part["totals"].cpu()
-            totals[-1] = tokens = theirs[-1] if tokens is None else tokens
-            differ = bool(theirs[-1] != tokens)
-            if low < high:
-                here, of_part = slice(low - start, high - start), theirs[low - part["start"] : high - part["start"]]
-                differ |= bool((covered[here] & (totals[here] != of_part)).any())
-                totals[here], covered[here] = of_part, True
-            if differ:  # as where a save of fewer ranks left parts of an older one beside its own
-                raise ValueError(
-                    "the parts of the saved token counts are of different runs, as they have counted other targets: "
-                    "give those of one checkpoint"
-                )
+            low = max(start, part["start"])
+            high = max(low, min(self.shard.stop, part["stop"]))
+            rows = slice(low - start, high - start), slice(low - part["start"], high - part["start"])
+            for here, there in (rows, (slice(size, None), slice(-1, None))):  # the last is of all targets
+                theirs = part["totals"][there].cpu()
+                # As where a save of fewer ranks left parts of an older one beside its own.
+                if bool((covered[here] & (totals[here] != theirs)).any()):
+                    raise ValueError(
+                        "the parts of the saved token counts are of different runs, as they have counted other "
+                        "targets: give those of one checkpoint"
+                    )
+                totals[here], covered[here] = theirs, True
             self._keep(kept, part)
         if updates is None:
             raise ValueError("no saved token counts were given")

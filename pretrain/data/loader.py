@@ -166,28 +166,26 @@ def _index(prepared: PreparedData, recipe: Recipe, samples: int) -> Path:
     """Where the index of the samples is, written if need be."""
     name = _cache_key(prepared, recipe.model.sequence_length, recipe.seed, samples)
     caches = [folder / "index_cache" / name for folder in (prepared.folder, Path(recipe.run_folder))]
-    if (cache := next((cache for cache in caches if cache.is_dir()), None)) is not None:
-        return cache
+    for cache in caches:
+        if cache.is_dir():
+            return cache
     try:
-        _write_index(prepared, caches[0], recipe, samples)
+        return _write_index(prepared, caches[0], recipe, samples)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise _not_written(f"data.folder {prepared.folder}", error) from error
-    else:
-        return caches[0]
     try:
-        _write_index(prepared, caches[1], recipe, samples)
+        return _write_index(prepared, caches[1], recipe, samples)
     except OSError as error:
         raise _not_written(f"{recipe.run_folder}, as data.folder {prepared.folder} is read-only,", error) from error
-    return caches[1]
 
 
-def _write_index(prepared: PreparedData, cache: Path, recipe: Recipe, samples: int) -> None:
+def _write_index(prepared: PreparedData, cache: Path, recipe: Recipe, samples: int) -> Path:
     """Make ``cache`` whole or not at all; several runs may share the data folder, and a run may die here."""
     cache.parent.mkdir(exist_ok=True)
     with folder_lock(cache.parent, "indexing", wait=True) as held:
         if cache.is_dir():
-            return
+            return cache
         # Without a lock another run may build the same.
         building = cache.with_name(f"{cache.name}{'' if held else f'.{node_name()}.{os.getpid()}'}.building")
         shutil.rmtree(building, ignore_errors=True)
@@ -201,6 +199,7 @@ def _write_index(prepared: PreparedData, cache: Path, recipe: Recipe, samples: i
             if held or not cache.is_dir():
                 raise
             shutil.rmtree(building)  # the other one was faster
+    return cache
 
 
 def _not_written(where: str, error: OSError) -> UserError:

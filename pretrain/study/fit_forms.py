@@ -152,13 +152,10 @@ def noise_of(u: Floats, v: Floats) -> float:
 
 def far_off(u: Floats, v: Floats) -> npt.NDArray[np.bool_]:
     """[n], observations more than ``FAR`` spreads from the median of their scale, near which most of its seeds lie."""
-    away = np.empty_like(v)
+    far, limit = np.zeros(len(v), dtype=np.bool_), FAR * noise_of(u, v)
     for value in np.unique(u):
         group = u == value
-        away[group] = np.abs(v[group] - np.median(v[group]))
-    far = away > FAR * noise_of(u, v)
-    for value in np.unique(u):
-        group = u == value
-        if 2 * far[group].sum() >= group.sum():  # which of them are astray is not to be told
-            far[group] = False
+        away = np.abs(v[group] - np.median(v[group])) > limit
+        if 2 * away.sum() < len(away):  # else which of them are astray is not to be told
+            far[group] = away
     return far
