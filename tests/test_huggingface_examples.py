@@ -110,7 +110,7 @@ def expected_of_hugging_face_loop():
     return huggingface.train(huggingface.small_gpt2(), STEPS)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_trainer_equals_the_loop(ranks, tmp_path):
     expected = expected_of_hugging_face_loop()
     for result in run_ranks(trainer_rank, ranks, str(tmp_path)):

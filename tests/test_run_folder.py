@@ -45,6 +45,15 @@ def test_going_back_where_checkpoints_lie_on_another_disk(apart: RunFolder) -> N
     assert texts(apart.checkpoints.resolve()) == {"latest": "step_00000001\n", "step_00000001/weights": "of step 1"}
 
 
+def test_the_index_of_samples_stays_where_it_is(tmp_path: Path) -> None:
+    """It is of the data: the run that begins anew takes it again."""
+    (tmp_path / "run" / "index_cache" / "key").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("name: run")
+    aside = RunFolder(tmp_path / "run").start_again()
+    assert aside is not None and texts(aside) == {"recipe.yaml": "name: run"}
+    assert (tmp_path / "run" / "index_cache" / "key").is_dir()
+
+
 def test_another_layout_where_checkpoints_lie_on_another_disk(apart: RunFolder) -> None:
     new = apart.path / "resharding" / "step_00000002"
     shutil.copytree(apart.checkpoints / "step_00000002", new)
