@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -190,8 +191,8 @@ class RunFolder:
 
     def _evaluations_after(self, step: int) -> list[Path]:
         """Training may come to the same step again with other weights."""
-        of_steps = (self.path / "evaluations").glob("step_[0-9]*.*")
-        newer = [path for path in of_steps if int(path.name[5:].partition(".")[0]) > step]
+        matches = [(path, re.match(r"step_(\d+)", path.name)) for path in (self.path / "evaluations").glob("step_*")]
+        newer = [path for path, match in matches if match and int(match[1]) > step]
         try:
             newest = json.loads(self.evaluation_file.read_text(encoding="utf-8"))["checkpoint_step"] > step
         except (OSError, ValueError, LookupError, TypeError):

@@ -45,6 +45,16 @@ def test_going_back_where_checkpoints_lie_on_another_disk(apart: RunFolder) -> N
     assert texts(apart.checkpoints.resolve()) == {"latest": "step_00000001\n", "step_00000001/weights": "of step 1"}
 
 
+def test_going_back_takes_evaluations_along_whatever_a_copy_is_called(apart: RunFolder) -> None:
+    (apart.path / "evaluations").mkdir()
+    for name in ("step_00000001.json", "step_00000002.npz", "step_00000002 (copy).json", "step_of_mine"):
+        (apart.path / "evaluations" / name).touch()
+    aside = apart.go_back_to(1)
+    assert aside is not None
+    moved = {path.name for path in (aside / "evaluations").iterdir()}
+    assert moved == {"step_00000002.npz", "step_00000002 (copy).json"}
+
+
 def test_the_index_of_samples_stays_where_it_is(tmp_path: Path) -> None:
     """It is of the data: the run that begins anew takes it again."""
     (tmp_path / "run" / "index_cache" / "key").mkdir(parents=True)
