@@ -7,11 +7,9 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch.distributed as dist
 
 from pretrain.checkpointing.folder import (
     checkpoint_name,
@@ -27,22 +25,12 @@ from pretrain.cluster.incarnation import TOKEN, forget_incarnation, has_gone_bac
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
-from pretrain.quiet import quiet_third_party
+from pretrain.place import Place, check_plain_start, choose_device, data_parallel_size_of, place_from_environment
+from pretrain.quiet import quiet_third_party, quiet_warnings
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe, text_as_given
 from pretrain.run_folder import RunFolder
 from pretrain.run_lock import run_lock
-from pretrain.topology import (
-    Place,
-    Topology,
-    check_devices,
-    check_plain_start,
-    choose_device,
-    connect,
-    data_parallel_size_of,
-    disconnect,
-    place_from_environment,
-)
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals, why_stopped
 
 if TYPE_CHECKING:
@@ -50,10 +38,11 @@ if TYPE_CHECKING:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    quiet_third_party()
+    recipe = load_recipe(options.recipe, options.overrides)
+    quiet_warnings()
     from pretrain.data.prepare import prepare as prepare_data
 
-    prepare_data(load_recipe(options.recipe, options.overrides))
+    prepare_data(recipe)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -89,9 +78,10 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> int:
                 allow = ["--allow-changes"] if options.allow_changes else []
                 arguments = ["train", options.recipe, *options.overrides, *stop, *allow, *_going_back(options)]
                 return _run_ranks([*arguments, "--claimed"], recipe, folder, signals, [lock])
+        from pretrain.topology import connected
         from pretrain.training.loop import train as train_run
 
-        topology = stack.enter_context(_connected(recipe))
+        topology = stack.enter_context(connected(recipe))
         progress = train_run(recipe, topology, options.stop_at_step, signals, options.allow_changes)
         stopped = progress.step < min(options.stop_at_step or recipe.batch.train_steps, recipe.batch.train_steps)
         if stopped:
@@ -121,8 +111,9 @@ def reshard(options: argparse.Namespace) -> int:
                 arguments += ["--step", str(step_of(checkpoint)), "--claimed"]
                 return _run_ranks(arguments, recipe, folder, inherited=[lock])
         from pretrain.checkpointing.reshard import reshard as reshard_checkpoint
+        from pretrain.topology import connected
 
-        with _connected(on_cpu) as topology:
+        with connected(on_cpu) as topology:
             reshard_checkpoint(folder, checkpoint, on_cpu, topology)
             if topology.is_first:
                 folder.claim(recipe, "")
@@ -150,15 +141,16 @@ def evaluate(options: argparse.Namespace) -> int:
         say(nothing_to_do)
         return 0
     choose_device(recipe)
-    quiet_third_party()
     if place is None:
         _check_evaluation(recipe)
         if recipe.local_world_size > 1:
             arguments = ["evaluate", str(options.folder), *options.overrides]
             return _run_ranks([*arguments, "--checkpoint", str(step_of(checkpoint))], recipe, folder)
+    quiet_third_party()
     from pretrain.evaluation.evaluate import evaluate_run
+    from pretrain.topology import connected
 
-    with _connected(recipe) as topology:
+    with connected(recipe) as topology:
         done = topology.is_first and is_evaluated(folder, checkpoint, recipe)
         checkpoint, done = _choice_of_first(checkpoint, done)
         if not done:
@@ -184,7 +176,7 @@ def _evaluate_huggingface(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.data, options.overrides)
     choose_device(recipe)
     quiet_third_party()
-    check_devices(recipe, 1)
+    _check_devices(recipe, 1)
     from pretrain.evaluation.huggingface import evaluate_huggingface
 
     evaluate_huggingface(folder, recipe, make_folder(options.output))
@@ -199,17 +191,18 @@ def generate(options: argparse.Namespace) -> int:
         raise UserError(f"generate takes {options.folder} as it was trained: only device=... may be given")
     recipe = _on_layout_of(checkpoint, folder.saved_recipe(options.overrides))
     choose_device(recipe)
-    quiet_third_party()
     if place is None:
-        check_devices(recipe, recipe.local_world_size)
+        _check_devices(recipe, recipe.local_world_size)
         if recipe.local_world_size > 1:
             # In one word: argparse takes a second one that begins with a dash for an option.
             arguments = ["generate", str(options.folder), *options.overrides, f"--prompt={options.prompt}"]
             arguments += ["--max-new-tokens", str(options.max_new_tokens), "--temperature", str(options.temperature)]
             return _run_ranks([*arguments, "--checkpoint", str(step_of(checkpoint))], recipe, folder)
+    quiet_third_party()
     from pretrain.evaluation.generate import generate_text
+    from pretrain.topology import connected
 
-    with _connected(recipe) as topology:
+    with connected(recipe) as topology:
         checkpoint, _ = _choice_of_first(checkpoint)
         text = generate_text(checkpoint, recipe, topology, options.prompt, options.max_new_tokens, options.temperature)
         if topology.is_first:
@@ -231,7 +224,7 @@ def _check_generation(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    quiet_third_party()
+    quiet_warnings()
     from pretrain.report.page import write_report
     from pretrain.report.table import summary_table
 
@@ -245,7 +238,7 @@ def _check_before_start(
     recipe: Recipe, place: Place | None, folder: RunFolder, goes_on_from: Sequence[Path]
 ) -> PreparedData:
     if place is None:
-        check_devices(recipe, recipe.local_world_size)
+        _check_devices(recipe, recipe.local_world_size)
     return check_run(recipe, recipe.local_world_size if place is None else place.world_size, folder, goes_on_from)
 
 
@@ -271,8 +264,16 @@ def check_run(recipe: Recipe, world_size: int, folder: RunFolder, goes_on_from: 
     return prepared
 
 
+def _check_devices(recipe: Recipe, local_ranks: int) -> None:
+    if recipe.device == "cpu":  # nothing to look for, and torch need not be imported
+        return
+    from pretrain.topology import check_devices
+
+    check_devices(recipe, local_ranks)
+
+
 def _check_evaluation(recipe: Recipe) -> None:
-    check_devices(recipe, recipe.local_world_size)
+    _check_devices(recipe, recipe.local_world_size)
     if not recipe.reporting.word_similarity:
         return
     from pretrain.data.prepared import TOKENIZER_NAME
@@ -323,14 +324,6 @@ def _on_layout_of(checkpoint: Path, recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, data_parallel_size=size))
 
 
-@contextlib.contextmanager
-def _connected(recipe: Recipe) -> Iterator[Topology]:
-    try:
-        yield connect(recipe)
-    finally:
-        disconnect()
-
-
 def _run_ranks(
     arguments: list[str],
     recipe: Recipe,
@@ -345,6 +338,8 @@ def _run_ranks(
 
 def _choice_of_first(checkpoint: Path, done: bool = False) -> tuple[Path, bool]:
     """The first rank's, and whether it is done, on all ranks, as a run that trains has another newest one soon."""
+    import torch.distributed as dist
+
     choice = [(checkpoint.name, done)]
     dist.broadcast_object_list(choice, src=0)
     return checkpoint.with_name(choice[0][0]), choice[0][1]

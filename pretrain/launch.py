@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.files import make_folder
-from pretrain.topology import LISTENING_SOCKET
+from pretrain.place import LISTENING_SOCKET
 from pretrain.training.stopping import EXIT_STOPPED, StopSignals, hold_back_signals
 
 GRACE_SECONDS = 10.0

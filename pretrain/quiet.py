@@ -14,7 +14,22 @@ from collections.abc import Iterator
 
 
 def quiet_third_party() -> None:
-    """Errors still show; notices about optional accelerator libraries and deprecations inside libraries do not."""
+    """Errors still show; notices about optional accelerator libraries and deprecations inside libraries do not.
+
+    It imports torch and DeepSpeed: call it where they are needed anyway.
+    """
+    quiet_warnings()
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
+    import deepspeed.utils.logging
+
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+
+
+def quiet_warnings() -> None:
+    """As :func:`quiet_third_party`, where DeepSpeed is not used; imports nothing."""
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine) .*not installed")
     warnings.filterwarnings(
         "ignore", module=r"(megatron|deepspeed|torch\.utils|torch\.distributed|torch\.autograd)(\..*)?"
@@ -28,14 +43,6 @@ def quiet_third_party() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for name in ("DeepSpeed", "megatron", "datasets", "torch.distributed", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
-    import deepspeed.utils.logging
-
-    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -11,21 +11,21 @@ from tests.training.processes import ROOT, with_a_compiler, write_recipe
 
 RANK = """
 import errno, os, socket, time
-from pretrain import topology
-place = topology.place_from_environment()
+from pretrain import place, topology
+here = place.place_from_environment()
 try:
     socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])), backlog=1).close()
     print("the port was free")
 except OSError as error:
     print("the port is kept:", error.errno == errno.EADDRINUSE)
-time.sleep(0 if place.rank else 2)  # the others come first
-store = topology._connect_to_store(place, 30.0)
-store.set(str(place.rank), "here")
+time.sleep(0 if here.rank else 2)  # the others come first
+store = topology._connect_to_store(here, 30.0)
+store.set(str(here.rank), "here")
 store.wait(["0", "1"])
-store.set(f"done {place.rank}", "")
-if place.rank == 0:
+store.set(f"done {here.rank}", "")
+if here.rank == 0:
     store.wait(["done 1"])
-print("met", topology.LISTENING_SOCKET in os.environ)
+print("met", place.LISTENING_SOCKET in os.environ)
 """
 LIGHT = """
 import sys
@@ -76,6 +76,23 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     """Rank 0 would sleep on."""
     done = launch("import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(600)", tmp_path)
     assert done.returncode == 7 and "rank 1 ended with exit code 7" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "nowhere.yaml"],
+        ["prepare", "quickstart_plain", "model.num_layerz=3"],
+        ["generate", "nowhere", "--prompt", "a"],
+        ["evaluate", "nowhere"],
+        ["report", "nowhere"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_is_wrong_with_a_command_is_said_before_torch_is_imported(command):
+    code = f"import sys; from pretrain.__main__ import main; print(main({command!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2 False\n", done.stdout + done.stderr
 
 
 def test_a_launcher_and_its_ranks_import_no_more_than_they_use(prepared_recipe, tmp_path):

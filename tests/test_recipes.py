@@ -12,9 +12,9 @@ import pytest
 from pretrain.__main__ import parse
 from pretrain.errors import RecipeError, UserError
 from pretrain.model.size import model_size
+from pretrain.place import data_parallel_size_of
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import SHIPPED, flatten, load_recipe, recipe_from_dict, recipe_to_dict
-from pretrain.topology import data_parallel_size_of
 from pretrain.training import deepspeed_config as policies
 from tests.small_runs import change
 

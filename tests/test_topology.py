@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pretrain.errors import RecipeError, UserError
-from pretrain.topology import Place, check_devices, connect, data_parallel_size_of, place_from_environment
+from pretrain.place import Place, data_parallel_size_of, place_from_environment
+from pretrain.topology import check_devices, connect
 from tests.cluster.test_arrival import connect_on
 from tests.small_runs import change, on_ranks
 

@@ -16,8 +16,8 @@ from typing import Any
 from agg.linear_cross_entropy import default_chunk_tokens
 from agg.vocab_shard import padded_vocab_size
 from pretrain.model.size import model_size
+from pretrain.place import data_parallel_size_of
 from pretrain.recipe import Recipe
-from pretrain.topology import data_parallel_size_of
 from pretrain.training.deepspeed_config import deepspeed_config, zero_stage
 
 

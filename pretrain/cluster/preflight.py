@@ -23,10 +23,11 @@ from pretrain.console import say
 from pretrain.data.manifest import Manifest
 from pretrain.errors import PreflightError
 from pretrain.model.size import checkpoint_bytes
+from pretrain.place import asked_nodes, asked_world_size
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import flatten, recipe_to_dict
 from pretrain.run_folder import RunFolder
-from pretrain.topology import Topology, arrival_seconds, asked_nodes, asked_world_size, meeting_at
+from pretrain.topology import Topology, arrival_seconds, meeting_at
 from pretrain.versions import versions
 
 VISIBLE_SECONDS = 60.0  # network file systems may show another node's file that much later

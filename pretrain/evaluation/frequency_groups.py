@@ -11,11 +11,9 @@ import math
 import torch
 import torch.distributed as dist
 
-GROUPS = ("frequent", "medium", "rare")
+from pretrain.evaluation.group_names import DECILES, GROUPS
+
 LAST_PERCENT = (30, 80)  # of the sorted vocabulary: where frequent and medium end
-
-
-DECILES = (*(str(place) for place in range(1, 11)), "never_seen")
 
 
 def frequency_groups(token_counts: torch.Tensor) -> torch.Tensor:

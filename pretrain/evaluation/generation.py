@@ -12,7 +12,7 @@ import torch
 
 from pretrain.data.windows import TokenStream
 from pretrain.evaluation.decoding import continue_ids
-from pretrain.evaluation.frequency_groups import GROUPS
+from pretrain.evaluation.group_names import GROUPS
 from pretrain.evaluation.subject import Subject
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, EXAMPLES = 32, 32, 64, 3

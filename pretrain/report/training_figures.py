@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pretrain.evaluation.frequency_groups import DECILES
+from pretrain.evaluation.group_names import DECILES
 from pretrain.report.figure_style import (
     colour,
     compact_ticks,

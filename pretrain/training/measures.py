@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from agg import LossProbe, VocabShard
-from pretrain.evaluation.frequency_groups import DECILES, GroupedPerplexity, frequency_deciles, frequency_groups
+from pretrain.evaluation.frequency_groups import GroupedPerplexity, frequency_deciles, frequency_groups
 from pretrain.evaluation.geometry import measure_geometry, row_norms
+from pretrain.evaluation.group_names import DECILES
 from pretrain.evaluation.run_model import subject_of_run
 from pretrain.training.embedding_rows import rows_of_rank
 from pretrain.training.setup import Run

@@ -16,12 +16,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from pretrain.cluster.endings import note_end
-from pretrain.topology import Topology
+
+if TYPE_CHECKING:
+    from pretrain.topology import Topology
 
 # sysexits.h: "temporary failure, the user is invited to retry". Schedulers may start the same command again.
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75
@@ -122,6 +122,9 @@ class Stop:
 
     def wanted(self) -> bool:
         """On any rank; a collective, for the moments without a step to ride on."""
+        import torch  # not above: the launcher hears signals too, and starts without
+        import torch.distributed as dist
+
         flag = torch.tensor(float(self.wanted_here()), device=self._topology.device)
         dist.all_reduce(flag)
         return bool(flag)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 
-from pretrain import commands
+from pretrain import commands, topology
 from pretrain.__main__ import main, parse
 from pretrain.checkpointing.checkpoint import Progress
 from pretrain.checkpointing.folder import checkpoint_name
@@ -90,8 +90,8 @@ def test_how_a_stopped_run_goes_on(copy, started, tmp_path, monkeypatch, capfd, 
     path = write(copy, tmp_path / "recipe.yaml")
     assert main(["train", path, *options]) == 0
     monkeypatch.setattr("pretrain.training.loop.train", lambda *_: Progress(3, 24, 768))
-    monkeypatch.setattr(commands, "connect", lambda _: commands.Topology(0, 2, 0, *[None] * 7))
-    monkeypatch.setattr(commands, "disconnect", lambda: None)
+    monkeypatch.setattr(topology, "connect", lambda _: topology.Topology(0, 2, 0, *[None] * 7))
+    monkeypatch.setattr(topology, "disconnect", lambda: None)
     assert started[0].claimed and commands.train(started[0]) == 75
     out = capfd.readouterr().out
     assert f"stopped as asked, {words}\n" in out and ("is kept in" in out) == bool(options)
@@ -108,7 +108,7 @@ def choose_on_rank(rank, world_size, verb, run, evaluated):
     """Rank 1 takes an older checkpoint for the newest, and sees another evaluation or none."""
     chosen = []
     commands.choose_checkpoint = lambda folder, *_, **__: folder / checkpoint_name((4, 2)[rank])
-    commands.disconnect = lambda: None  # the harness does
+    topology.disconnect = lambda: None  # the harness does
     evaluation_file.is_evaluated = lambda *_: evaluated[rank]
     evaluate.evaluate_run = lambda folder, recipe, topology, checkpoint: chosen.append(checkpoint.name)
     generate.generate_text = lambda checkpoint, *_: chosen.append(checkpoint.name) or ""

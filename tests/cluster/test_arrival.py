@@ -12,7 +12,8 @@ from pretrain import topology as topology_module
 from pretrain.cluster import meeting
 from pretrain.cluster.job import rendezvous_port
 from pretrain.errors import UserError
-from pretrain.topology import Place, check_plain_start, connect
+from pretrain.place import Place, check_plain_start
+from pretrain.topology import connect
 from tests.cluster.nodes import LONE, PAIRS, be_on_a_node, refused
 from tests.small_runs import change
 

@@ -145,7 +145,7 @@ def test_bad_word_pairs_are_refused_before_anything_is_computed(run, tmp_path, c
         run.recipe_file.read_text().replace("word_similarity: []", f"word_similarity: [{pairs}]")
     )
     folder.checkpoints.symlink_to(run.checkpoints)
-    monkeypatch.setattr("pretrain.commands.connect", None)
+    monkeypatch.setattr("pretrain.topology.connect", None)
     assert part in refused(capfd, folder.path)
     assert not folder.evaluation_file.exists()
 

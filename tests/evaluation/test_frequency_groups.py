@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.evaluation.frequency_groups import GROUPS, GroupedPerplexity, frequency_deciles, frequency_groups
+from pretrain.evaluation.frequency_groups import GroupedPerplexity, frequency_deciles, frequency_groups
+from pretrain.evaluation.group_names import GROUPS
 from tests.distributed import run_ranks
 
 VOCAB, TOKENS = 53, 400

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pretrain.data.windows import TokenStream
-from pretrain.evaluation.frequency_groups import GROUPS, frequency_groups
+from pretrain.evaluation.frequency_groups import frequency_groups
+from pretrain.evaluation.group_names import GROUPS
 from pretrain.recipe import Recipe
 from tests.distributed import run_ranks
 from tests.small_runs import change

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evaluation.frequency_groups import GROUPS, GroupedPerplexity, frequency_groups
+from pretrain.evaluation.frequency_groups import GroupedPerplexity, frequency_groups
+from pretrain.evaluation.group_names import GROUPS
 from pretrain.recipe import Recipe
 from pretrain.run_folder import RunFolder
 from tests.distributed import run_ranks
