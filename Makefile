@@ -26,7 +26,7 @@ quickstart: install
 	@$(RUN) pretrain report runs/quickstart/plain runs/quickstart/agg --output runs/quickstart/report.html
 
 test: install
-	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile
+	@$(RUN) pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: install
 	@$(RUN) pytest -q -m long

@@ -24,6 +24,17 @@ from tests.small_runs import small_recipe, write_corpus  # noqa: E402
 torch.set_num_threads(1)
 
 MOST_THREADS = 50
+# Test files that take minutes, and so begin first: the last of them would else run alone on one of several workers.
+LONGEST = (
+    "test_pipeline", "study/test_runner", "checkpointing/test_resume_layouts", "agg/test_gpu_path",
+    "training/test_resume", "training/test_stopping", "test_examples", "training/test_layouts",
+    "invariance/test_agg_compiled", "faults/test_kills_of_commands", "training/test_watchdog",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
