@@ -6,6 +6,7 @@ They are written by :mod:`pretrain.checkpointing.saving`.
 from __future__ import annotations
 
 import contextlib
+import glob
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ def load_checkpoint(
         load_rank_state(portable.rank_states())
         seed_everything(seed_of_resume(seed, topology.data_parallel_rank, progress.consumed_samples))
         return progress
+    names = type(engine)._get_all_ckpt_names  # globs: in a path, "[1]" is no pattern
+    engine._get_all_ckpt_names = lambda parent, tag: names(engine, glob.escape(parent), tag)
     with _own_options(engine), without_prints():
         engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
     state = torch.load(checkpoint / rank_file(topology.rank), map_location="cpu", weights_only=False)

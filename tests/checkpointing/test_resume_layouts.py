@@ -218,6 +218,18 @@ def test_reshard_ahead_of_time(prepared_recipe, tmp_path):
     assert "optimizer.weight_decay: there 0.1, asked for 0.5" in refused.stderr
 
 
+@pytest.mark.parametrize("sharding", ["zero0", "zero1", "zero3"])
+def test_a_path_is_no_pattern(prepared_recipe, tmp_path, sharding):
+    """DeepSpeed looks for its files with glob: ``lr[1]`` would be ``lr1``, which lies beside."""
+    parallel = {"sharding": sharding, "data_parallel_size": 1}
+    other = change(prepared_recipe, name="lr1", output_root=str(tmp_path), seed=5, parallel=parallel)
+    recipe = change(other, name="lr[1]", seed=prepared_recipe.seed)
+    train_on_ranks(other, 1, stop_at_step=3)
+    alone = train_on_ranks(change(recipe, output_root=str(tmp_path / "alone")), 1)
+    train_on_ranks(recipe, 1, stop_at_step=3)
+    assert [record["loss"] for record in train_on_ranks(recipe, 1)] == [record["loss"] for record in alone]
+
+
 def reshard_that_is_asked_to_stop(rank, world_size, recipe):
     from pretrain.checkpointing.reshard import reshard
     from pretrain.topology import connect
