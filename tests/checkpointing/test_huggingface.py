@@ -270,3 +270,20 @@ def test_damaged_folders_and_other_tokenizers_are_refused(exported, tmp_path):
     assert "transformer.wte.weight has shape (499, 32), the recipe makes it (500, 32)" in message
     (copy / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     assert "cannot be read as safetensors" in refusal(recipe, copy)
+
+
+def test_weights_that_are_no_numbers_are_refused(exported, tmp_path):
+    """Eight bits without their scales, or weights of a run that diverged: it would train on, from nothing."""
+    recipe, _, _, _, folder = exported("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    whole = load_file(copy / "model.safetensors")
+    for dtype, called in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        save_file({**whole, name: whole[name].to(dtype)}, copy / "model.safetensors", metadata={"format": "pt"})
+        assert f"{name} is of type {called}, and must be one of F64, F32, F16, BF16" in refusal(recipe, copy)
+    for value in (float("nan"), float("-inf")):
+        broken = whole[name].clone()
+        broken[3, 2] = value
+        save_file({**whole, name: broken}, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(AssertionError, match=f"CheckpointError: .*{name} holds values that are not finite"):
+            run_ranks(initialized_model, 2, change(recipe, model={"init_from": str(copy)}))

@@ -113,6 +113,10 @@ class HuggingFaceFolder:
         """None: there is no such tensor."""
         return tuple(self._file_of[name].get_slice(name).get_shape()) if name in self._file_of else None
 
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it."""
+        return str(self._file_of[name].get_slice(name).get_dtype())
+
     def tensor(self, name: str) -> torch.Tensor:
         """In the type it was written in."""
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)

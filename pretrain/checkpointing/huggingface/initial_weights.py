@@ -12,11 +12,12 @@ from pretrain.checkpointing.huggingface.files import HuggingFaceFolder
 from pretrain.checkpointing.huggingface.tensors import tensor_maps
 from pretrain.checkpointing.split import parameter_splits
 from pretrain.data.prepared import PreparedData
-from pretrain.errors import UserError
+from pretrain.errors import CheckpointError, UserError
 from pretrain.files import file_sha256
 from pretrain.recipe import Recipe
 
 _SHOWN_PROBLEMS = 5
+_DTYPES = ("F64", "F32", "F16", "BF16")  # fewer bits come with scales, in tensors of other names
 
 
 def check_initial_weights(recipe: Recipe, prepared: PreparedData) -> HuggingFaceFolder:
@@ -48,11 +49,19 @@ def load_initial_weights(
 
     Raises:
         UserError: see :func:`check_initial_weights`.
+        CheckpointError: a weight is not finite.
     """
     folder = check_initial_weights(recipe, prepared)
     parameters, splits = dict(module.named_parameters()), parameter_splits(module, shard.world_size)
     for entry in tensor_maps(recipe.model, prepared.vocab_size):
-        whole = entry.restore([folder.tensor(name).float() for name in entry.theirs])
+        tensors = {name: folder.tensor(name).float() for name in entry.theirs}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"model.init_from {folder.path}: {name} holds values that are not finite; take weights of a run "
+                    "that did not diverge"
+                )
+        whole = entry.restore(list(tensors.values()))
         parameter = parameters.pop(entry.ours)
         if whole.shape[0] != entry.shape[0]:  # a vocabulary
             parameter[: shard.real] = whole[shard.start : shard.start + shard.real]
@@ -69,6 +78,8 @@ def _tensor_problems(folder: HuggingFaceFolder, recipe: Recipe, vocab_size: int)
             if there != shape:
                 found = "is missing" if there is None else f"has shape {there}"
                 problems.append(f"{name} {found}, the recipe makes it {shape}")
+            elif (dtype := folder.dtype(name)) not in _DTYPES:
+                problems.append(f"{name} is of type {dtype}, and must be one of {', '.join(_DTYPES)}")
     return problems
 
 
