@@ -19,6 +19,7 @@ from pretrain.checkpointing.folder import (
     problems_of,
     read_manifest,
     step_of,
+    unless_deleted,
 )
 from pretrain.console import age_in_words, bytes_in_words, say
 from pretrain.errors import EXIT_USER_ERROR, DamagedCheckpoint, UserError
@@ -79,9 +80,6 @@ def export(options: argparse.Namespace) -> None:
     folder = RunFolder(options.folder)
     recipe = folder.saved_recipe()
     checkpoint = choose_checkpoint(folder.checkpoints, options.step)
-    problems = problems_of(checkpoint)  # by hash, as where it is loaded
-    if problems:
-        raise DamagedCheckpoint(checkpoint, problems)
     quiet_third_party()
     import torch
 
@@ -90,17 +88,22 @@ def export(options: argparse.Namespace) -> None:
     from pretrain.data.prepared import TOKENIZER_NAME
 
     tokenizer = Path(recipe.data.folder) / TOKENIZER_NAME
-    if not tokenizer.is_file() or file_sha256(tokenizer) != read_manifest(checkpoint)["identity"]["tokenizer_sha256"]:
-        raise UserError(f"{tokenizer} is not the tokenizer of this run, which belongs into the export")
-    saved = PortableCheckpoint(checkpoint)
-    done = export_huggingface(
-        saved.tensor,
-        saved.names(),
-        recipe.model,
-        tokenizer,
-        options.output,
-        dtype=getattr(torch, options.dtype),
-    )
+    with unless_deleted(checkpoint):
+        problems = problems_of(checkpoint)  # by hash, as where it is loaded
+        if problems:
+            raise DamagedCheckpoint(checkpoint, problems)
+        wanted = read_manifest(checkpoint)["identity"]["tokenizer_sha256"]
+        if not tokenizer.is_file() or file_sha256(tokenizer) != wanted:
+            raise UserError(f"{tokenizer} is not the tokenizer of this run, which belongs into the export")
+        saved = PortableCheckpoint(checkpoint)
+        done = export_huggingface(
+            saved.tensor,
+            saved.names(),
+            recipe.model,
+            tokenizer,
+            options.output,
+            dtype=getattr(torch, options.dtype),
+        )
     if done.tokenizer_difference:
         say(f"tokenizer.json gives other ids for some texts, tokenizer.model is exact: {done.tokenizer_difference}")
     say(

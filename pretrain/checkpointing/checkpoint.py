@@ -18,7 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpointing.folder import checkpoints_in, latest_problem, problems_of, rank_file, read_manifest
+from pretrain.checkpointing.folder import (
+    checkpoints_in,
+    latest_problem,
+    problems_of,
+    rank_file,
+    read_manifest,
+    unless_deleted,
+)
 from pretrain.checkpointing.identity import CHANGEABLE, check_identity
 from pretrain.checkpointing.portable import PortableCheckpoint
 from pretrain.checkpointing.portable_load import load_portable, seed_of_resume
@@ -106,8 +113,22 @@ def load_checkpoint(
     Raises:
         DamagedCheckpoint: on all ranks, and nothing was loaded.
         CheckpointError: it is of another precision, of other data, or of another recipe.
+        UserError: it was deleted meanwhile.
     """
     _verify(checkpoint, topology)
+    with unless_deleted(checkpoint):
+        return _load_verified(engine, checkpoint, load_rank_state, topology, identity, seed, free)
+
+
+def _load_verified(
+    engine: deepspeed.DeepSpeedEngine,
+    checkpoint: Path,
+    load_rank_state: Callable[[Any], None],
+    topology: Topology,
+    identity: dict[str, Any],
+    seed: int,
+    free: tuple[str, ...],
+) -> Progress:
     manifest = read_manifest(checkpoint)
     check_identity(checkpoint, manifest, identity, free)
     progress = Progress(

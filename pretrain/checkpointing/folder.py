@@ -6,10 +6,12 @@ people and other tools: what counts is the newest checkpoint that verifies.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -59,7 +61,8 @@ def choose_checkpoint(folder: Path, step: int | None, *, check: bool = True) -> 
         steps = ", ".join(str(step_of(path)) for path in reversed(there)) or "none"
         raise UserError(f"{folder} has no checkpoint of step {step}; there are: {steps}")
     if check:
-        check_whole(checkpoint)
+        with unless_deleted(checkpoint):
+            check_whole(checkpoint)
     return checkpoint
 
 
@@ -74,6 +77,24 @@ def check_whole(checkpoint: Path) -> dict[str, Any]:
         whole = [step_of(path) for path in checkpoints_in(checkpoint.parent) if not problems_of(path, hashed=False)]
         raise DamagedCheckpoint(checkpoint, problems, f"The newest whole one is of step {whole[0]}" if whole else "")
     return read_manifest(checkpoint)
+
+
+@contextlib.contextmanager
+def unless_deleted(checkpoint: Path) -> Iterator[None]:
+    """Say that the checkpoint was deleted while the block read it, where that is why the block failed.
+
+    Raises:
+        UserError: it is gone. One rank alone may find it so.
+    """
+    try:
+        yield
+    except Exception as error:
+        if checkpoint.is_dir():
+            raise
+        raise UserError(
+            f"{checkpoint} was deleted meanwhile: training keeps the last checkpoint.keep_last ones only; take a newer "
+            "one, or keep more"
+        ) from error
 
 
 def problems_of(checkpoint: Path, *, hashed: bool = True, share: slice = slice(None)) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pretrain.__main__ import main
+from pretrain.checkpointing import checkpoint as checkpoint_module
 from pretrain.checkpointing.folder import checkpoints_in, remove
 from pretrain.recipe_io import recipe_to_dict
 from pretrain.run_folder import RunFolder
@@ -107,6 +108,31 @@ def test_what_is_deleted_meanwhile_is_left_out(copy, capfd, monkeypatch, calls):
     with monkeypatch.context() as patched:
         delete_before(patched, checkpoints / "step_00000006", calls)
         called(capfd, "checkpoint", "verify", copy.run_folder, "--step", 6, code=2)
+
+
+@pytest.mark.parametrize("calls", [1, 6, 9, 12])
+def test_export_of_what_is_deleted_meanwhile(copy, capfd, monkeypatch, tmp_path, calls):
+    """While it is chosen, while it is verified, and before tensors are read."""
+    delete_before(monkeypatch, RunFolder(copy.run_folder).checkpoints / "step_00000004", calls)
+    assert main(["checkpoint", "export", str(copy.run_folder), "--step", "4", "--output", str(tmp_path / "out")]) == 2
+    message = capfd.readouterr().err
+    assert "step_00000004 was deleted meanwhile" in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2"])  # the layout that saved it, and another
+def test_evaluation_of_what_is_deleted_after_it_was_verified(copy, capfd, monkeypatch, sharding):
+    verify = checkpoint_module._verify
+
+    def and_delete(checkpoint, topology):
+        verify(checkpoint, topology)
+        remove(checkpoint)
+
+    monkeypatch.setattr(checkpoint_module, "_verify", and_delete)
+    saved = RunFolder(copy.run_folder).recipe_file
+    saved.write_text(yaml.safe_dump(recipe_to_dict(change(copy, parallel={"sharding": sharding}))), encoding="utf-8")
+    assert main(["evaluate", str(copy.run_folder), "--checkpoint", "4"]) == 2
+    assert "step_00000004 was deleted meanwhile" in capfd.readouterr().err
 
 
 def test_what_is_not_there(copy, capfd, tmp_path):
