@@ -83,10 +83,11 @@ def export(options: argparse.Namespace) -> None:
     quiet_third_party()
     import torch
 
-    from pretrain.checkpointing.huggingface.export import export_huggingface
+    from pretrain.checkpointing.huggingface.export import export_huggingface, usable_output
     from pretrain.checkpointing.portable import PortableCheckpoint
     from pretrain.data.prepared import TOKENIZER_NAME
 
+    output = usable_output(options.output)  # before the hashes, which take minutes
     tokenizer = Path(recipe.data.folder) / TOKENIZER_NAME
     with unless_deleted(checkpoint):
         problems = problems_of(checkpoint)  # by hash, as where it is loaded
@@ -101,7 +102,7 @@ def export(options: argparse.Namespace) -> None:
             saved.names(),
             recipe.model,
             tokenizer,
-            options.output,
+            output,
             dtype=getattr(torch, options.dtype),
         )
     if done.tokenizer_difference:

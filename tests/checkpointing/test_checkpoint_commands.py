@@ -173,6 +173,13 @@ def test_export_of_a_damaged_checkpoint_is_refused(copy, capfd, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_export_looks_at_its_output_first(copy, capfd, tmp_path):
+    """Before minutes of hashing, here of a checkpoint that would not verify."""
+    flip_bit(RunFolder(copy.run_folder).checkpoints / "step_00000006" / "rank_00000.pt", 999)
+    assert main(["checkpoint", "export", str(copy.run_folder), "--output", str(copy.run_folder)]) == 2
+    assert "exists and is not an empty folder" in capfd.readouterr().err
+
+
 def test_what_was_left_behind_is_not_evaluated_again(copy, capfd, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")

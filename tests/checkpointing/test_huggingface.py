@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -201,6 +202,54 @@ def test_export_refuses(exported, tmp_path):
         assert message in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "mine.txt").read_text() == "kept"
+
+
+def test_outputs(exported, tmp_path, monkeypatch):
+    """Remains of an export that was killed, also by this process number, are passed by; an empty folder is filled."""
+    recipe, weights, _, _, whole = exported("gpt2")
+    remains = tmp_path / f"out.{os.getpid()}.tmp"
+    remains.mkdir()
+    write(recipe, weights, tmp_path / "out")
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    inode = mounted.stat().st_ino  # a mount point can neither be replaced nor removed
+    write(recipe, weights, mounted)
+    assert mounted.stat().st_ino == inode
+    expected = {path.name: path.read_bytes() for path in whole.iterdir()}
+    for folder in (tmp_path / "out", mounted):
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mounted", "out", remains.name]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("loop", os.fsdecode(b"\xff")):
+        with pytest.raises(UserError, match="--output .* cannot be used"):
+            write(recipe, weights, tmp_path / name)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_two_exports_to_one_output(exported, tmp_path, there):
+    """The second begins when the first has begun: one of them is written, the other is refused."""
+    recipe, weights, _, _, whole = exported("gpt2")
+    output, refused = tmp_path / "out", []
+    if there:
+        output.mkdir()
+
+    def read(name):
+        if name == "decoder.final_layernorm.bias":
+            try:
+                write(recipe, weights, output)
+            except UserError as error:
+                refused.append(str(error))
+        return weights[name]
+
+    try:
+        export_huggingface(read, weights, recipe.model, tokenizer_file(recipe), output)
+    except UserError as error:
+        refused.append(str(error))
+    assert len(refused) == 1 and f"{output} exists and is not an empty folder" in refused[0]
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def refusal(recipe, folder, **model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,17 +61,19 @@ def export_huggingface(
         UserError: ``output`` is not empty or cannot be written, the parameters are not those of ``model``, its logits
             are capped, or packages are missing.
     """
-    output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder; choose another --output")
+    output = usable_output(output)
     if model.logit_soft_cap:
         raise UserError(f"model.logit_soft_cap is {model.logit_soft_cap}, and {model.style} models there cap no logits")
     tokenizer = Tokenizer.load(tokenizer_file)
     maps = tensor_maps(model, tokenizer.vocab_size)
     _check_names(set(names), {entry.ours for entry in maps})
-    temporary = make_folder(output.parent) / f"{output.name}.{os.getpid()}.tmp"
+    # Within a folder that is there: it may be a mount point, which cannot be replaced.
+    there = output.is_dir()
+    temporary = make_folder(output if there else output.parent) / f"{output.name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
+        if there and list(output.iterdir()) != [temporary]:
+            raise _not_empty(output)  # another export has begun
         difference = write_tokenizer(tokenizer_file, temporary)
         write_json(temporary / "config.json", model_config(model, tokenizer, dtype))
         write_json(temporary / "generation_config.json", special_ids(tokenizer))
@@ -86,10 +89,46 @@ def export_huggingface(
             shutil.copymode(temporary / "config.json", path)  # safetensors lets nobody else read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        temporary.rename(output)
+        if there:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # it last
+                path.rename(output / path.name)
+        else:
+            _rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(writer.tensors, writer.total_bytes, files, difference)
+
+
+def usable_output(output: Path) -> Path:
+    """The whole path.
+
+    Raises:
+        UserError: it cannot be that of a new or empty folder.
+    """
+    try:
+        output = output.resolve()
+        str(output).encode()  # safetensors and tokenizers take no other names
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise _not_empty(output)
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # RuntimeError: links that lead in a circle
+        raise UserError(f"--output {str(output)!r} cannot be used: {error}; choose another one") from error
+    return output
+
+
+def _rename(temporary: Path, output: Path) -> None:
+    try:
+        temporary.rename(output)
+    except OSError as error:
+        if output.exists():  # of another export, by now
+            raise _not_empty(output) from error
+        raise
+
+
+def _not_empty(output: Path) -> UserError:
+    return UserError(
+        f"{output} exists and is not an empty folder: empty it, if it holds remains of an export that was killed, or "
+        "choose another --output"
+    )
 
 
 def _check_names(there: set[str], wanted: set[str]) -> None:
