@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
@@ -13,7 +14,15 @@ from typing import Any
 
 import yaml
 
-from pretrain.checkpointing.folder import UNFINISHED, checkpoints_in, choose_checkpoint, problems_of, step_of
+from pretrain.checkpointing.folder import (
+    REPLACEMENT,
+    UNFINISHED,
+    checkpoints_in,
+    choose_checkpoint,
+    problems_of,
+    remove_unfinished,
+    step_of,
+)
 from pretrain.errors import DamagedCheckpoint, UserError
 from pretrain.files import make_folder, sync_folder, write_text
 from pretrain.recipe import Recipe
@@ -137,6 +146,7 @@ class RunFolder:
         problems = problems_of(checkpoint)
         if problems:
             raise DamagedCheckpoint(checkpoint, problems)
+        remove_unfinished(self.checkpoints)  # else one that would replace a newer one would become that
         newer = [path for path in checkpoints_in(self.checkpoints) if step_of(path) > step]
         aside = self._move_aside([*newer, *self._evaluations_after(step)], copied=self.metrics_file)
         write_text(self.checkpoints / "latest", checkpoint.name + "\n")
@@ -144,12 +154,15 @@ class RunFolder:
 
     def replace_checkpoint(self, checkpoint: Path, new: Path) -> Path:
         """Put ``new`` in the place of a checkpoint, which moves to ``aside/TIME/checkpoints``."""
-        beside = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}_moved")  # first: it may come from another disk
+        beside = checkpoint.with_name(
+            f"{UNFINISHED}{checkpoint.name}{REPLACEMENT}"
+        )  # first: it may come from another disk
         shutil.rmtree(beside, ignore_errors=True)
         shutil.move(new, beside)
         aside = self._move_aside([checkpoint])
         assert aside is not None
-        beside.rename(checkpoint)
+        with contextlib.suppress(FileNotFoundError):  # another command looked just now, and has done it
+            beside.rename(checkpoint)
         sync_folder(self.checkpoints)
         return aside
 

@@ -23,6 +23,7 @@ from pretrain.files import hash_problem, json_bytes, sync_folder, write_bytes
 FORMAT = 2
 MANIFEST = "MANIFEST.json"
 UNFINISHED = "tmp_"  # begins the name of what is being written or deleted
+REPLACEMENT = "_moved"  # ends the name of what is about to replace a checkpoint of that step
 
 
 def checkpoint_name(step: int) -> str:
@@ -39,7 +40,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints, good or bad, the newest first."""
+    """All checkpoints, good or bad, the newest first; a replacement that was killed half-way is completed."""
+    for new in folder.glob(f"{UNFINISHED}step_*{REPLACEMENT}"):
+        final = folder / new.name.removeprefix(UNFINISHED).removesuffix(REPLACEMENT)
+        if not final.exists():  # it is aside already; where both are there, the new one may not be whole
+            with contextlib.suppress(OSError):  # another command does it, or it may only read
+                new.rename(final)
     there = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
     return sorted(there, key=step_of, reverse=True)
 

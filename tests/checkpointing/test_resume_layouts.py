@@ -254,6 +254,41 @@ def test_reshard_is_not_stopped_between_two_renames(prepared_recipe, tmp_path):
     assert problems_of(saved) == [] and PortableCheckpoint(saved).layout["zero_stage"] == 3
 
 
+def reshard_that_is_killed(rank, world_size, recipe):
+    from pretrain.checkpointing.reshard import reshard
+    from pretrain.topology import connect
+
+    move_aside = RunFolder._move_aside
+
+    def killed(self, paths, copied=None):
+        move_aside(self, paths, copied)
+        os._exit(0)
+
+    RunFolder._move_aside = killed
+    folder = RunFolder(recipe.run_folder)
+    reshard(folder, folder.checkpoints / "step_00000003", recipe, connect(recipe))
+
+
+@pytest.mark.parametrize("verb", ["verify", "train"])
+def test_reshard_that_is_killed_between_two_renames(prepared_recipe, tmp_path, verb):
+    """The next command finds the new checkpoint, whichever it is."""
+    recipe = change(prepared_recipe, output_root=str(tmp_path / "moved"))
+    alone = train_on_ranks(change(recipe, output_root=str(tmp_path / "alone")), 1)
+    train_on_ranks(recipe, 1, stop_at_step=3)
+    moved = change(recipe, parallel={"sharding": "zero3", "data_parallel_size": 1})
+    with pytest.raises(AssertionError):  # no rank answers
+        run_ranks(reshard_that_is_killed, 1, moved)
+    folder = RunFolder(recipe.run_folder)
+    saved = folder.checkpoints / "step_00000003"
+    assert not saved.exists() and list(folder.path.glob("aside/*/checkpoints/step_00000003"))
+    if verb == "verify":
+        assert "step_00000003" in pretrain("checkpoint", "verify", str(folder.path), "--step", "3").stdout
+    else:
+        records = train_on_ranks(moved, 1)
+        assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in alone], abs=TOLERANCE["fp32"])
+    assert problems_of(saved) == [] and PortableCheckpoint(saved).layout["zero_stage"] == 3
+
+
 def test_another_precision_is_refused(variant, saved_on, tmp_path):
     saved = saved_on("gpt2", Layout(1, 1, 0))
     with pytest.raises(
