@@ -33,6 +33,7 @@ _DECISIVE = {
         "mlp_bias": None,
     },
 }
+_ROPE = ("rope_scaling", "rope_parameters")
 # What transformers takes for a key that is not in the file.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {
@@ -77,6 +78,9 @@ def config_problems(config: dict[str, Any], model: ModelRecipe) -> list[str]:
     style = model.style
     if config.get("model_type") != style:
         return [f"model_type is {config.get('model_type')!r} there, model.style is {style!r}"]
+    odd = [key for key in _ROPE if not isinstance(config.get(key), dict | None)]
+    if odd:
+        return [f"{key} is {config[key]!r} there, and must be an object" for key in odd]
     there, here = _with_defaults(config, style), _with_defaults(_architecture(model), style)
     problems = [
         f"{key} is {there.get(key)!r} there, "
@@ -134,7 +138,7 @@ def _architecture(model: ModelRecipe) -> dict[str, Any]:
 def _with_defaults(config: dict[str, Any], style: str) -> dict[str, Any]:
     """Every decisive key with the value that transformers takes, wherever it stands in the file."""
     config = {key: value for key, value in config.items() if value is not None}
-    rope = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
+    rope = {key: value for part in _ROPE for key, value in config.get(part, {}).items()}
     if "type" in rope:  # its name in old files
         rope.setdefault("rope_type", rope["type"])
     whole = _DEFAULTS[style] | config | rope

@@ -97,16 +97,13 @@ class HuggingFaceFolder:
             raise missing_packages(error) from error
         self.path = folder
         self.config: dict[str, Any] = self._json("config.json")
-        if (folder / INDEX_FILE).exists():
-            names = sorted(set(self._json(INDEX_FILE).get("weight_map", {}).values()))
-        else:
-            names = [SINGLE_FILE]
+        names = self._indexed_files() if (folder / INDEX_FILE).exists() else [SINGLE_FILE]
         self._file_of: dict[str, Any] = {}
         for name in names:
             try:
                 file = safe_open(folder / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{folder / name} cannot be read as safetensors: {error}") from error
+            except (OSError, ValueError, SafetensorError) as error:  # ValueError: no file can have that name
+                raise UserError(f"{str(folder / name)!r} cannot be read as safetensors: {error}") from error
             self._file_of |= dict.fromkeys(file.keys(), file)  # type: ignore[no-untyped-call]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -122,13 +119,25 @@ class HuggingFaceFolder:
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
+    def _indexed_files(self) -> list[str]:
+        weight_map = self._json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{self.path / INDEX_FILE} is damaged: its weight_map is not an object")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise UserError(
+                    f"{self.path / INDEX_FILE} is damaged: its weight_map has {name!r} for {tensor!r}, and must have "
+                    "the name of a file beside it"
+                )
+        return sorted(set(weight_map.values()))
+
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{self.path} is not a Hugging Face folder: {name}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         if not isinstance(content, dict):
             raise UserError(f"{path} is damaged: it holds {type(content).__name__}, not an object")
