@@ -145,12 +145,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads(content)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(checkpoint, [f"{MANIFEST} is missing"]) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(checkpoint, [f"{MANIFEST} cannot be read ({error})"]) from error
     if isinstance(manifest, dict) and manifest.get("format") == 1:
         raise DamagedCheckpoint(checkpoint, [f"{MANIFEST} is of format 1, which has no hashes to verify"])
     own = manifest.pop("sha256", None) if isinstance(manifest, dict) else None
-    if own is None or own != _own_sha256(manifest) or content != json_bytes({**manifest, "sha256": own}):
+    try:
+        right = own is not None and own == _own_sha256(manifest) and content == json_bytes({**manifest, "sha256": own})
+    except (UnicodeEncodeError, RecursionError):  # half a surrogate pair, or deep nesting: we write neither
+        right = False
+    if not right:
         raise DamagedCheckpoint(checkpoint, [f"{MANIFEST} was changed: it does not have its own SHA-256"])
     assert isinstance(manifest, dict)
     return manifest

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
+from pretrain.checkpointing.folder import MANIFEST, problems_of
+from pretrain.checkpointing.huggingface import export
 from pretrain.checkpointing.huggingface.config import config_problems
 from pretrain.checkpointing.huggingface.files import INDEX_FILE, HuggingFaceFolder
+from pretrain.checkpointing.huggingface.tensors import tensor_maps
+from pretrain.data.prepared import TOKENIZER_NAME
 from pretrain.errors import UserError
 from pretrain.recipe import ModelRecipe
 
 DEEP = "[" * 100_000
+NESTED = '{"sha256": "x", "files": ' + "[" * 900 + "]" * 900 + "}"  # can be read, but not written
 
 
 @pytest.mark.parametrize("style", ["gpt2", "llama"])
@@ -44,3 +51,27 @@ def test_a_deep_config(tmp_path):
     (tmp_path / "config.json").write_text(DEEP)
     with pytest.raises(UserError, match="config.json is damaged"):
         HuggingFaceFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"sha256": "\\ud800"}', '{"sha256": "x", "files": "\\ud800"}', NESTED, DEEP, "[]", "null"]
+)
+def test_a_manifest(tmp_path, content):
+    (tmp_path / MANIFEST).write_text(content)
+    (problem,) = problems_of(tmp_path)
+    assert problem.startswith(f"{MANIFEST} was changed" if content != DEEP else f"{MANIFEST} cannot be read")
+
+
+def test_a_disk_that_is_full_for_the_tokenizer(prepared_recipe, tmp_path, monkeypatch):
+    write_tokenizer = export.write_tokenizer
+
+    def full(tokenizer_file, folder):
+        (folder / "tokenizer.json").symlink_to("/dev/full")
+        return write_tokenizer(tokenizer_file, folder)
+
+    monkeypatch.setattr(export, "write_tokenizer", full)
+    model, tokenizer = prepared_recipe.model, Path(prepared_recipe.data.folder) / TOKENIZER_NAME
+    names = [entry.ours for entry in tensor_maps(model, 500)]
+    with pytest.raises(UserError, match=f"the disk of {tmp_path}/out is full") as caught:
+        export.export_huggingface(None, names, model, tokenizer, tmp_path / "out")
+    assert caught.value.__cause__.errno == errno.ENOSPC and not list(tmp_path.iterdir())

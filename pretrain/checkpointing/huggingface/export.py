@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -94,6 +95,10 @@ def export_huggingface(
                 path.rename(output / path.name)
         else:
             _rename(temporary, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {output} is full: free some space, or choose another --output") from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(writer.tensors, writer.total_bytes, files, difference)

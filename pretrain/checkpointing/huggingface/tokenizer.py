@@ -50,7 +50,8 @@ def write_tokenizer(tokenizer_file: Path, folder: Path) -> str:
     ours = Tokenizer.load(tokenizer_file)
     content = tokenizer_file.read_bytes()
     converted = convert(content)
-    converted.save(str(folder / "tokenizer.json"))
+    text = converted.to_str(pretty=True)  # not its save(), which tells a full disk as no OSError
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
     ends = {"bos_token": ours.piece(ours.eos_id), "eos_token": ours.piece(ours.eos_id)}  # see special_ids of the config
     if ours.pad_id >= 0:
