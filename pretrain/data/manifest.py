@@ -7,15 +7,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pretrain.errors import UserError
-from pretrain.files import write_json
+from pretrain.files import read_json, write_json
 from pretrain.recipe import DataRecipe
 from pretrain.recipe_io import recipe_to_dict
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+
+T = TypeVar("T")
+_TYPES = {"int": int, "str": str}  # of fields; all others are objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,16 @@ class Manifest:
             tree = json.loads(path.read_text(encoding="utf-8"))
             version = tree["format_version"]
             if version == FORMAT_VERSION:
-                splits = {name: SplitManifest(**entry) for name, entry in tree.pop("splits").items()}
-                return cls(splits=splits, **tree)
+                splits = {name: checked(SplitManifest, tree["splits"][name]) for name in ("train", "valid", "test")}
+                manifest = checked(cls, {**tree, "splits": splits})
+                _ = manifest.sha256  # of what can be hashed
+                return manifest
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare again") from error
+        if type(version) is not int:
+            raise UserError(f"{path} is damaged (format_version is {version!r}); delete {folder} and prepare again")
         raise UserError(
             f"{path} has format version {version}, this program reads version {FORMAT_VERSION}; "
             "prepare into another data.folder"
@@ -108,6 +115,28 @@ class Manifest:
                 f"{data.folder} was prepared from another recipe:\n" + "\n".join(differences) + "\n"
                 "choose another data.folder, or delete this one and prepare again"
             )
+
+
+def checked(kind: type[T], tree: Any) -> T:
+    """A dataclass of what JSON holds.
+
+    Raises:
+        TypeError: fields are missing or unknown, or a value has another type.
+    """
+    made = kind(**tree)
+    for field in dataclasses.fields(made):  # type: ignore[arg-type]
+        value = getattr(made, field.name)
+        if type(value) is not _TYPES.get(str(field.type), dict):
+            raise TypeError(f"{field.name} is {str(value)[:40]!r}")
+    return made
+
+
+def read_record(kind: type[T], path: Path) -> T | None:
+    """What an earlier process left to be used again; None: nothing, or it is damaged."""
+    try:
+        return checked(kind, read_json(path))
+    except TypeError:
+        return None
 
 
 def inputs_of(data: DataRecipe) -> dict[str, dict[str, Any]]:

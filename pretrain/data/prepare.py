@@ -24,13 +24,13 @@ import numpy as np
 from pretrain.console import bar, say
 from pretrain.data import embedded
 from pretrain.data.corpus import SPLITS, Split, documents, source_files
-from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of
+from pretrain.data.manifest import MANIFEST_NAME, Manifest, SplitManifest, inputs_of, read_record
 from pretrain.data.prepared import COUNTS_NAME, TOKENIZER_NAME, PreparedData, shard_paths
 from pretrain.data.shards import count_tokens, update_text_hash, write_split
 from pretrain.data.tokenizer import Tokenizer, train_tokenizer, training_lines
 from pretrain.data.workers import workers
 from pretrain.errors import UserError
-from pretrain.files import file_sha256, folder_lock, replacing, write_bytes, write_json
+from pretrain.files import file_sha256, folder_lock, read_json, replacing, write_bytes, write_json
 from pretrain.recipe import DataRecipe, Recipe
 
 PROVENANCE_NAME = "provenance.json"
@@ -64,6 +64,12 @@ def prepare(recipe: Recipe) -> Manifest:
             manifest = _Preparation(data, folder).run()
             say(f"{folder} is prepared: {_summary(manifest)}")
             return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class _TokenizerRecord:
+    sha256: str
+    train_documents: int
 
 
 class _Preparation:
@@ -107,7 +113,7 @@ class _Preparation:
         """Keep the finished steps of an interrupted prepare, if it had the same inputs."""
         record = self.partial / "inputs.json"
         inputs = json.loads(json.dumps({**inputs_of(self.data), "sources": sources}))
-        if record.exists() and json.loads(record.read_text(encoding="utf-8")) == inputs:
+        if read_json(record) == inputs:
             say(f"continuing the interrupted preparation of {self.folder}")
             return
         if self.partial.exists():
@@ -134,10 +140,9 @@ class _Preparation:
     def _tokenizer(self) -> tuple[Tokenizer, int]:
         """The tokenizer, and how many documents train has."""
         path, record = self.folder / TOKENIZER_NAME, self.partial / "tokenizer.json"
-        if record.exists() and path.exists():
-            done = json.loads(record.read_text())
-            if file_sha256(path) == done["sha256"]:
-                return Tokenizer.load(path), done["train_documents"]
+        done = read_record(_TokenizerRecord, record)
+        if done is not None and path.exists() and file_sha256(path) == done.sha256:
+            return Tokenizer.load(path), done.train_documents
         count = 0
 
         def counted() -> Iterator[str]:
@@ -158,16 +163,15 @@ class _Preparation:
             say(f"training a {recipe.model_type} tokenizer with {recipe.vocab_size} pieces")
             train_tokenizer(training_lines(counted()), recipe, path, TOKENIZER_SEED)
         tokenizer = Tokenizer.load(path)
-        write_json(record, {"sha256": tokenizer.sha256, "train_documents": count})
+        write_json(record, dataclasses.asdict(_TokenizerRecord(tokenizer.sha256, count)))
         return tokenizer, count
 
     def _split(self, split: Split, train_documents: int, pool: ProcessPoolExecutor | None) -> SplitManifest:
         record, prefix = self.partial / f"{split}.json", self.folder / split
-        if record.exists():
-            entry = SplitManifest(**json.loads(record.read_text()))
-            sizes = [path.stat().st_size if path.exists() else -1 for path in shard_paths(prefix)]
-            if sizes == [entry.bin_bytes, entry.idx_bytes]:
-                return entry
+        done = read_record(SplitManifest, record)
+        sizes = [path.stat().st_size if path.exists() else -1 for path in shard_paths(prefix)]
+        if done is not None and sizes == [done.bin_bytes, done.idx_bytes]:
+            return done
         total = train_documents if split == "train" else None
         with bar(total, f"tokenizing {split}", "documents") as progress:
             texts = documents(self.data.corpus, split)

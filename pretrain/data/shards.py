@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import warnings
 from collections import deque
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pretrain.data.manifest import SplitManifest
+from pretrain.data.manifest import SplitManifest, read_record
 from pretrain.data.prepared import shard_paths
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.files import file_sha256, replacing, write_json
@@ -119,11 +118,9 @@ def encode_chunk(
     prefix = folder / f"{number:08d}-{digest[:16]}"
     bin_path, idx_path = shard_paths(prefix)
     record = folder / f"{prefix.name}.json"
-    if record.exists():
-        # The folder may have another name now than when the chunk was written.
-        chunk = dataclasses.replace(Chunk(**json.loads(record.read_text())), prefix=str(prefix))
-        if bin_path.is_file() and bin_path.stat().st_size == chunk.bin_bytes and idx_path.is_file():
-            return chunk
+    done = read_record(Chunk, record)
+    if done is not None and bin_path.is_file() and bin_path.stat().st_size == done.bin_bytes and idx_path.is_file():
+        return dataclasses.replace(done, prefix=str(prefix))  # the folder may have another name now
     tokenizer = _tokenizer(tokenizer_path, tokenizer_sha256)
     with replacing(bin_path) as new_bin, replacing(idx_path) as new_idx:
         builder = IndexedDatasetBuilder(str(new_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))
