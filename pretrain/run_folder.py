@@ -154,11 +154,9 @@ class RunFolder:
 
     def replace_checkpoint(self, checkpoint: Path, new: Path) -> Path:
         """Put ``new`` in the place of a checkpoint, which moves to ``aside/TIME/checkpoints``."""
-        beside = checkpoint.with_name(
-            f"{UNFINISHED}{checkpoint.name}{REPLACEMENT}"
-        )  # first: it may come from another disk
+        beside = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}{REPLACEMENT}")
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.move(new, beside)
+        shutil.move(new, beside)  # first: it may come from another disk
         aside = self._move_aside([checkpoint])
         assert aside is not None
         with contextlib.suppress(FileNotFoundError):  # another command looked just now, and has done it
