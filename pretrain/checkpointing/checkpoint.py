@@ -117,50 +117,40 @@ def load_checkpoint(
     """
     _verify(checkpoint, topology)
     with unless_deleted(checkpoint):
-        return _load_verified(engine, checkpoint, load_rank_state, topology, identity, seed, free)
-
-
-def _load_verified(
-    engine: deepspeed.DeepSpeedEngine,
-    checkpoint: Path,
-    load_rank_state: Callable[[Any], None],
-    topology: Topology,
-    identity: dict[str, Any],
-    seed: int,
-    free: tuple[str, ...],
-) -> Progress:
-    manifest = read_manifest(checkpoint)
-    check_identity(checkpoint, manifest, identity, free)
-    progress = Progress(
-        manifest["step"],
-        manifest["consumed_samples"],
-        manifest["consumed_tokens"],
-        skipped_samples=tuple(tuple(pair) for pair in manifest["skipped_samples"]),
-        recent=tuple(tuple(pair) for pair in manifest["recent"]),
-        skips_in_a_row=manifest.get("skips_in_a_row", 0),  # earlier versions did not save it
-    )
-    saved, layout = manifest["layout"], layout_of(engine, topology)
-    differences = [f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved[key] != value]
-    if saved["bf16"] != layout["bf16"]:
-        raise CheckpointError(
-            f"{checkpoint} was trained in another precision: bf16 was {saved['bf16']}, now {layout['bf16']}"
+        manifest = read_manifest(checkpoint)
+        check_identity(checkpoint, manifest, identity, free)
+        progress = Progress(
+            manifest["step"],
+            manifest["consumed_samples"],
+            manifest["consumed_tokens"],
+            skipped_samples=tuple(tuple(pair) for pair in manifest["skipped_samples"]),
+            recent=tuple(tuple(pair) for pair in manifest["recent"]),
+            skips_in_a_row=manifest.get("skips_in_a_row", 0),  # earlier versions did not save it
         )
-    if differences:
-        if topology.is_first:
-            say(f"{checkpoint.name} was saved on another layout ({'; '.join(differences)}) and is moved to this one")
-        portable = PortableCheckpoint(checkpoint, manifest)
-        load_portable(engine, portable, topology)
-        load_rank_state(portable.rank_states())
-        seed_everything(seed_of_resume(seed, topology.data_parallel_rank, progress.consumed_samples))
+        saved, layout = manifest["layout"], layout_of(engine, topology)
+        differences = [f"{key} {saved[key]}, now {value}" for key, value in layout.items() if saved[key] != value]
+        if saved["bf16"] != layout["bf16"]:
+            raise CheckpointError(
+                f"{checkpoint} was trained in another precision: bf16 was {saved['bf16']}, now {layout['bf16']}"
+            )
+        if differences:
+            if topology.is_first:
+                say(
+                    f"{checkpoint.name} was saved on another layout ({'; '.join(differences)}) and is moved to this one"
+                )
+            portable = PortableCheckpoint(checkpoint, manifest)
+            load_portable(engine, portable, topology)
+            load_rank_state(portable.rank_states())
+            seed_everything(seed_of_resume(seed, topology.data_parallel_rank, progress.consumed_samples))
+            return progress
+        names = type(engine)._get_all_ckpt_names  # globs: in a path, "[1]" is no pattern
+        engine._get_all_ckpt_names = lambda parent, tag: names(engine, glob.escape(parent), tag)
+        with _own_options(engine), without_prints():
+            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+        state = torch.load(checkpoint / rank_file(topology.rank), map_location="cpu", weights_only=False)
+        load_rank_state(state["rank_state"])
+        _set_random_state(state["random"], topology.device)
         return progress
-    names = type(engine)._get_all_ckpt_names  # globs: in a path, "[1]" is no pattern
-    engine._get_all_ckpt_names = lambda parent, tag: names(engine, glob.escape(parent), tag)
-    with _own_options(engine), without_prints():
-        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
-    state = torch.load(checkpoint / rank_file(topology.rank), map_location="cpu", weights_only=False)
-    load_rank_state(state["rank_state"])
-    _set_random_state(state["random"], topology.device)
-    return progress
 
 
 @contextlib.contextmanager
