@@ -1,5 +1,4 @@
-"""Where a launcher put this process, and whether its world is one for the recipe. All that is read of a launcher's
-rank variables is read here.
+"""Where a launcher put this process, and whether its world is one for the recipe.
 
 Without torch, which takes seconds to import: what is refused before ranks start does not wait for it.
 """
