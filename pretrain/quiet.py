@@ -11,7 +11,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 
 def quiet_third_party() -> None:
@@ -22,9 +21,6 @@ def quiet_third_party() -> None:
     quiet_warnings()
     import torch
 
-    if os.environ["TORCHDYNAMO_DISABLE"] == "1":
-        # As torch then does, but it imports half of the compiler first.
-        torch.compile = _as_it_is  # type: ignore[assignment]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
     import deepspeed.utils.logging
@@ -42,16 +38,11 @@ def quiet_warnings() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # megatron-core declares fused functions with torch.compile, which imports the compiler: 3 of 8 s, for nothing, as
+    # megatron-core declares fused functions with torch.compile, which imports the compiler: 2 of 7 s, for nothing, as
     # no such function is called here and nothing else is compiled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for name in ("DeepSpeed", "megatron", "datasets", "torch.distributed", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _as_it_is(function: Any = None, **options: Any) -> Any:
-    """``torch.compile``, also as a decorator with options, where nothing is compiled."""
-    return _as_it_is if function is None else function
 
 
 @contextlib.contextmanager

@@ -8,11 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is declared
 
-import torch
-
-torch_compile = torch.compile  # the pipeline, and so the tests, compile nothing, but for those that ask for this
-
-from pretrain.quiet import quiet_third_party  # noqa: E402
+from pretrain.quiet import quiet_third_party
 
 quiet_third_party()
 
@@ -20,6 +16,7 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from pretrain.recipe import Recipe  # noqa: E402
 from tests.small_runs import small_recipe, write_corpus  # noqa: E402

@@ -38,7 +38,7 @@ recipe = load_recipe(sys.argv[1])
 check_run(recipe, 2, RunFolder(recipe.run_folder), [])
 print("megatron.core" in sys.modules)
 import pretrain.training.loop
-print("megatron.core" in sys.modules, {"torch._dynamo", "torch._inductor.compile_fx"} & sys.modules.keys())
+print("megatron.core" in sys.modules, "torch._inductor.compile_fx" in sys.modules)
 """
 LAUNCH = """
 import subprocess, sys
@@ -101,4 +101,4 @@ def test_a_launcher_and_its_ranks_import_no_more_than_they_use(prepared_recipe, 
         [sys.executable, "-c", LIGHT, write_recipe(prepared_recipe, tmp_path)],
         cwd=ROOT, env=with_a_compiler(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.stdout.split() == ["False", "True", "set()"], done.stdout + done.stderr
+    assert done.stdout.split() == ["False", "True", "False"], done.stdout + done.stderr

@@ -12,7 +12,6 @@ import torch
 
 from agg import AdaptiveGradientGating
 from tests.agg.problems import make_problem
-from tests.conftest import torch_compile
 from tests.distributed import run_ranks
 from tests.invariance.agg_layouts import groups
 
@@ -21,7 +20,7 @@ aot_eager = torch._dynamo.lookup_backend("aot_eager")
 
 def compiled_and_plain(rank, world_size, tensor_parallel):
     """Losses, rows of the weight and counts of a plain and of a compiled model after three steps."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "0"
+    os.environ["TORCHDYNAMO_DISABLE"] = "0"  # the pipeline, and so the tests, compile nothing else
     problem, data_parallel = make_problem(), world_size // tensor_parallel
     dp_group, tp_group = groups(rank, data_parallel, tensor_parallel)
     dp_rank, shard = rank // tensor_parallel, problem.shard(rank % tensor_parallel, tensor_parallel, tp_group)
@@ -40,7 +39,7 @@ def compiled_and_plain(rank, world_size, tensor_parallel):
         def loss_of(hidden, weight, target, module=module):
             return module(hidden.tanh(), weight, target)
 
-        call = torch_compile(loss_of, backend=backend) if compiled else loss_of
+        call = torch.compile(loss_of, backend=backend) if compiled else loss_of
         optimizer, losses = torch.optim.SGD([weight], lr=0.5), []
         for step in range(3):
             target = torch.where(problem.target >= 0, (problem.target + 7 * step) % 507, problem.target)
