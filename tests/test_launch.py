@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -93,6 +94,25 @@ def test_what_is_wrong_with_a_command_is_said_before_torch_is_imported(command):
     code = f"import sys; from pretrain.__main__ import main; print(main({command!r}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "2 False\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["study", "quick", "--dry-run"],
+        ["submit", "quickstart_plain", "data.folder=nowhere", "--gpus-per-node", "2", "--dry-run"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_plans_without_ranks_is_quiet_too(command):
+    """It imports DeepSpeed, which judges the sharding, and would say which accelerator it found."""
+    unknown = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}  # tests have set it
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *command],
+        cwd=ROOT, env=unknown, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert said.startswith(("quick: ", f"error: {ROOT}/nowhere is not prepared")) and "WARNING" not in said, said
 
 
 def test_a_launcher_and_its_ranks_import_no_more_than_they_use(prepared_recipe, tmp_path):

@@ -35,7 +35,7 @@ from pretrain.data.prepared import PreparedData, steps_per_epoch
 from pretrain.errors import UserError
 from pretrain.files import lock_file, make_folder, write_text
 from pretrain.model.size import model_size
-from pretrain.quiet import quiet_warnings
+from pretrain.quiet import quiet_third_party
 from pretrain.recipe import Recipe
 from pretrain.recipe_io import load_recipe, recipe_from_dict, recipe_to_dict, text_as_given
 from pretrain.run_folder import RunFolder, with_whole_paths
@@ -46,7 +46,7 @@ RATES = 20  # last records whose median rate is taken
 
 def submit(options: argparse.Namespace) -> int:
     """See the verb; nothing is written or submitted unless all of it can be."""
-    quiet_warnings()
+    quiet_third_party()
     rate = options.tokens_per_second
     if rate is not None and not 0 < rate < FASTEST:
         raise UserError(f"--tokens-per-second is {rate}, must be above 0 and below {FASTEST:g}")

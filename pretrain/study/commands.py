@@ -13,7 +13,7 @@ from pretrain.cluster.submit import request_of
 from pretrain.console import say
 from pretrain.errors import UserError
 from pretrain.files import make_folder
-from pretrain.quiet import quiet_warnings
+from pretrain.quiet import quiet_third_party
 from pretrain.run_lock import run_lock
 from pretrain.study.plan import GIB, PlannedRun, Resources, make_plan, plan_lines
 from pretrain.study.records import write_records
@@ -24,7 +24,7 @@ from pretrain.training.stopping import EXIT_STOPPED
 
 def study(options: argparse.Namespace) -> int:
     """See the verb. Nothing is written unless all runs can be."""
-    quiet_warnings()
+    quiet_third_party()
     _check_options(options)
     study = load_study(options.study, options.overrides)
     command = shlex.join(["python", "-m", "pretrain", "study", options.study, *options.overrides])
