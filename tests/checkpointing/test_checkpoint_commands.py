@@ -264,7 +264,8 @@ def test_going_back(run, copy, capfd, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_to_dict(copy)), encoding="utf-8")
     folder = RunFolder(copy.run_folder)
-    (folder.checkpoints / "tmp_step_00000006_moved").mkdir()  # of a reshard that was killed early
+    newest = folder.checkpoints / "step_00000006"
+    shutil.copytree(newest, newest.with_name("tmp_step_00000006_moved"))  # of a reshard that was killed early
     out = called(capfd, "train", path, "--resume-from", 2)
     (aside,) = (folder.path / "aside").iterdir()
     assert f"what was there is kept in {aside}" in out and "goes on from step 2 (512 tokens)" in out

@@ -18,7 +18,6 @@ from pretrain.errors import UserError
 from pretrain.recipe import ModelRecipe
 
 DEEP = "[" * 100_000
-NESTED = '{"sha256": "x", "files": ' + "[" * 900 + "]" * 900 + "}"  # can be read, but not written
 
 
 @pytest.mark.parametrize("style", ["gpt2", "llama"])
@@ -54,12 +53,20 @@ def test_a_deep_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"sha256": "\\ud800"}', '{"sha256": "x", "files": "\\ud800"}', NESTED, DEEP, "[]", "null"]
+    "content", ['{"sha256": "\\ud800"}', '{"sha256": "x", "files": "\\ud800"}', DEEP, "[]", "null"]
 )
 def test_a_manifest(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)
     (problem,) = problems_of(tmp_path)
     assert problem.startswith(f"{MANIFEST} was changed" if content != DEEP else f"{MANIFEST} cannot be read")
+
+
+def test_a_manifest_of_any_depth(tmp_path):
+    """At some it can be read, but not written again to be hashed."""
+    for depth in range(800, 1000):
+        (tmp_path / MANIFEST).write_text('{"sha256": "x", "files": ' + "[" * depth + "]" * depth + "}")
+        (problem,) = problems_of(tmp_path)
+        assert problem.startswith(MANIFEST), depth
 
 
 def test_a_disk_that_is_full_for_the_tokenizer(prepared_recipe, tmp_path, monkeypatch):
